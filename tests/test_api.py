@@ -366,10 +366,12 @@ def test_names_that_changed_after_the_analysis_are_refused():
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({2: (16, 5)}, r"2\.weight, 2\.bias of Sequential have other shapes[^$]*2\.weight is \[5, 16\], and was \[4, 16\]"),
-     ({0: (6, 24), 2: (24, 4)}, r"0\.weight, 0\.bias, 2\.weight of Sequential have other shapes")],
+    [
+        ({2: (16, 5)}, r"2\.weight, 2\.bias of Sequential have other[^$]*2\.weight is \[5, 16\], and was \[4, 16\]"),
+        ({0: (6, 24), 2: (24, 4)}, r"0\.weight, 0\.bias, 2\.weight of Sequential have other shapes"),
+    ],
     ids=["head", "width"],
-)  # fmt: skip
+)
 def test_shapes_that_changed_after_the_analysis_are_refused_before_training(changed, said):
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
     oto = OTO(model, torch.randn(2, 6))

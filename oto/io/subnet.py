@@ -43,6 +43,7 @@ from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import run
 from oto.slim.provenance import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
+from oto.slim.pruned_shapes import laid_out_like
 from oto.slim.source import Source
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
@@ -285,7 +286,11 @@ def read_program(path: Path) -> nn.Module:
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str, Any]) -> nn.Module:
     """The slim form of ``model``, which may be on ``meta``."""
-    slim = copy_with(model, tensors, Edits(**edits))
+    laid: dict[int, Tensor] = {}  # tied names share one tensor
+    for name, tensor in tensors.items():  # a file holds no memory layout
+        old = held(model, name)
+        laid.setdefault(id(tensor), tensor if old is None else laid_out_like(old, tensor))
+    slim = copy_with(model, {name: laid[id(tensor)] for name, tensor in tensors.items()}, Edits(**edits))
     left = [n for n, t in [*slim.named_parameters(), *slim.named_buffers()] if t.is_meta]
     if left:
         raise ClassChangedError(

@@ -158,7 +158,18 @@ class PrunedShapes:
             if not mask.all():
                 pruned = pruned.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(pruned.device))
         whole = all(mask.all() for mask in self.entries(leaf))
-        return pruned.clone() if whole else pruned
+        return pruned.clone() if whole else laid_out_like(tensor, pruned)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
+    """``new``, with channels last in memory if those of ``old`` are; a copy only if they were not."""
+    layout = _CHANNELS_LAST.get(old.ndim) if old.layout == torch.strided and old.ndim == new.ndim else None
+    if layout is None or old.is_contiguous() or not old.is_contiguous(memory_format=layout):
+        return new
+    return new.contiguous(memory_format=layout)
 
 
 def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:

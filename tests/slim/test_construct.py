@@ -386,3 +386,22 @@ def test_a_copy_is_as_python_copies():
     assert made.plain.forward.__self__ is made.plain and made.particular.copies == 1
     assert made.plain.sizes == [4, {"deep": (4,)}] and made.plain.sizes is not model.plain.sizes
     assert {p.data_ptr() for p in made.lstm._flat_weights} == {p.data_ptr() for p in made.lstm.parameters()}
+
+
+def test_channels_that_lie_last_in_memory_stay_last_in_the_slim_model_and_in_one_that_is_loaded(tmp_path):
+    def made():
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+        return model.to(memory_format=torch.channels_last)
+
+    def last(model):
+        return [
+            p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+            for p in model.parameters()
+            if p.ndim == 4
+        ]
+
+    oto = OTO(made(), torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last))
+    oto.random_set_zero_groups(0.5)
+    assert last(oto.construct_subnet(tmp_path).model) == [True, True]
+    assert last(load_subnet(tmp_path, made)) == [True, True]
+    assert last(load_subnet(tmp_path, lambda: made().to(memory_format=torch.contiguous_format))) == [False, False]
