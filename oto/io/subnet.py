@@ -346,7 +346,13 @@ def load_subnet(
     # what is not in the file stays as the constructor made it
     tensors = artifact.tensors(WEIGHTS) if index == 0 else _tensors_of_member(artifact, index)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
-    given = model if isinstance(model, nn.Module) else make(model, tensors)
+    given = model if isinstance(model, nn.Module) or not callable(model) else make(model, tensors)
+    if not isinstance(given, nn.Module):
+        raise ClassChangedError(
+            f"what is given as the model is, or makes, a {type(given).__name__}, no torch.nn.Module\n"
+            "  effect  the slim weights cannot be put into it\n"
+            "  to fix  pass the model, or a function that returns it: load_subnet(path, make_model)"
+        )
     try:
         _require_same(manifest["model"], given, strict)
         _require_thinner(given, tensors, manifest["model"]["full_shapes"])
@@ -390,7 +396,7 @@ def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Mod
             model = factory()
     except Exception:  # a constructor that computes with its weights needs real tensors
         return factory()
-    return factory() if lacks_values(model, names) else model
+    return factory() if isinstance(model, nn.Module) and lacks_values(model, names) else model
 
 
 def _load_program(artifact: Artifact) -> nn.Module:

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oto.errors import SetupError, some
 from oto.optim.choice import Choice
 from oto.optim.plan import PRUNED, REDUNDANT, rows_of
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.state import ours, require_same_atoms, require_same_setup, with_ours
-from oto.optim.wrapped import Params, keeps_own_state
+from oto.optim.wrapped import Params, keeps_own_state, lost_options
 from oto.optim.wrapper import Wrapper
 
 ENTRY_BY_ENTRY = (
@@ -231,7 +232,8 @@ class Checkpointed(Wrapper):
 
         Raises:
             SetupError: It was saved under a different schedule or target, and pruning has begun under one of the two.
-                Before that it is a ``SetupWarning``, and the setup of this optimizer applies.
+                Before that it is a ``SetupWarning``, and the setup of this optimizer applies. Or another optimizer was
+                wrapped there, which has other options.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -243,7 +245,15 @@ class Checkpointed(Wrapper):
             require_same_setup(saved, self.param_groups[0])
         if isinstance(state := state_dict.get("state"), Mapping):
             state_dict["state"] = dict(state)  # a sharded optimizer removes what it does not own
+        before = self.base.param_groups, self.base.state
         self.base.load_state_dict(state_dict)
+        if not keeps_own_state(self.base) and (lost := lost_options(self.base, before[0])):
+            self.base.param_groups, self.base.state = before
+            raise SetupError(
+                f"the state dict is of another optimizer than {type(self.base).__name__}: it has no {some(lost)}\n"
+                "  effect  no step could be taken with it; nothing was loaded\n"
+                "  to fix  wrap the optimizer that it was saved from (variant=, base=)"
+            )
         self._share_base()
         if keeps_own_state(self.base):
             self.param_groups[0] |= ours(saved)

@@ -105,6 +105,17 @@ def test_a_resume_under_another_setup_is_refused_once_pruning_has_begun(tmp_path
     assert optimizer.clock == 3
 
 
+def test_a_resume_with_another_wrapped_optimizer_is_refused_and_nothing_loaded(tmp_path):
+    saved = saved_after(START + 1, tmp_path)
+    model = net()
+    optimizer = hesso(model, variant="adam")
+    with pytest.raises(SetupError, match=r"of another optimizer than Adam: it has no betas, eps[^$]*to fix  wrap"):
+        optimizer.load_state_dict(saved["optimizer"])
+    assert optimizer.clock == 0 and not optimizer.state
+    train(model, optimizer, range(END))  # as if nothing had been
+    assert optimizer.progress.over
+
+
 def test_the_history_goes_on_after_a_resume(tmp_path):
     """Saved as plain data beside the rest, so that `weights_only` loads it; numbers of one step are one record."""
     model = net()
