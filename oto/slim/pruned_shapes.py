@@ -172,6 +172,14 @@ def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
     return new.contiguous(memory_format=layout)
 
 
+def parameter_like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it: flags, numbers and
+    texts, such as ``weight._no_weight_decay = True``. Tensors and objects among its attributes are those of ``old``."""
+    made = nn.Parameter(new, old.requires_grad)
+    vars(made).update({key: value for key, value in vars(old).items() if isinstance(value, bool | int | float | str)})
+    return made
+
+
 def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:
     """The pruned shapes of the graph on which the groups were found."""
     return PrunedShapes(partition.found, partition.masks(kept))
