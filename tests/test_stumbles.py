@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 import oto.cli
 from oto import OTO, load_subnet
+from oto.distill import Distillation, soft_targets
 from oto.errors import (
+    ArtifactError,
     ClassChangedError,
     DummyInputError,
     NoGradientWarning,
@@ -27,7 +29,7 @@ from oto.errors import (
     OTOError,
     TargetError,
 )
-from oto.integrations import early_stopping
+from oto.integrations import early_stopping, log_progress
 
 X = torch.randn(2, 8)
 
@@ -375,6 +377,11 @@ def test_the_plan_says_what_walks_are() -> None:
 # Of the wrong type ----------------------------------------------------------------------------------------------------
 
 WRONG = {
+    "a teacher that is none": lambda: Distillation.of(None),
+    "targets of no class": lambda: soft_targets(X, k=0),
+    "a trainer that is none": lambda: log_progress(None),
+    "a batch, no forward": lambda: OTO(mlp(8, 16, 3), X).family(targets=[0.6], lr=1, total_steps=9).step(X, X),
+    "a single step": lambda: OTO(mlp(8, 16, 3), X).hesso(lr=0.1, target_macs=0.5, total_steps=1),
     "skip_patterns=None": lambda: OTO(mlp(8, 16, 3), X, skip_patterns=None),
     "only=3.5": lambda: OTO(mlp(8, 16, 3), X, only=3.5),
     "allow_graph='no'": lambda: OTO(mlp(8, 16, 3), X, allow_graph="no"),
@@ -393,6 +400,11 @@ WRONG = {
     "a path that is none": lambda: load_subnet(None, nn.Identity),
 }
 SAYS = {
+    "a teacher that is none": r"the teacher is a NoneType[^$]*nothing to copy",
+    "targets of no class": r"k is 0; it is the number of classes",
+    "a trainer that is none": r"a NoneType is no Trainer of transformers[^$]*progress_dict",
+    "a batch, no forward": r"forward and loss are functions[^$]*lambda net: net\(x\)",
+    "a single step": r"ask for pruning_steps >= 1, or more total_steps",
     "skip_patterns=None": r"None names nothing[^$]*a list of names",
     "only=3.5": r"3\.5 names nothing",
     "allow_graph='no'": r"allow_graph is 'no'; it is True or False",
@@ -441,3 +453,11 @@ class Joined(nn.Module):
 
     def forward(self, x: Tensor, cache: Tensor) -> Tensor:
         return self.net(torch.cat([cache, x]))
+
+
+def test_a_report_where_a_folder_is_says_so(tmp_path: Path) -> None:
+    oto = OTO(mlp(8, 16, 3), X)
+    oto.random_set_zero_groups(0.5)
+    with pytest.raises(ArtifactError, match=r"is a folder[^$]*nothing was written[^$]*name a file in it"):
+        oto.construct_subnet().report(tmp_path)
+    assert not list(tmp_path.iterdir())
