@@ -24,6 +24,7 @@ from oto._torch import FakeTensor, holder, tree_leaves, unwrapped
 from oto.adapters import makers_of_adapted
 from oto.axes.registry import known
 from oto.errors import (
+    DummyInputError,
     DummyInputWarning,
     NothingPrunableError,
     OptionError,
@@ -31,6 +32,7 @@ from oto.errors import (
     UnknownOpWarning,
     UnknownParameterError,
     UnstatedWarning,
+    require_flags,
     rewording,
     some,
     users_level,
@@ -107,6 +109,7 @@ class Options:
             raise OptionError(f"compress_mode is {self.compress_mode!r}; it is one of {', '.join(map(repr, MODES))}")
         if self.layout not in LAYOUTS:
             raise OptionError(f"layout is {self.layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
+        require_flags(allow_graph=self.allow_graph, prune_frozen=self.prune_frozen, drop_unreached=self.drop_unreached)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,6 +314,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
     model, example = unwrapped(_module(model)), Example.of(dummy_input)
     _refuse_quantized(model)
     refuse_flattened(model)
+    _refuse_empty(example)
     _warn_of_nan(example)
     if not sharded_names(model):
         return _analyzed(model, example, options)
@@ -530,6 +534,16 @@ def _holds_codes(p: Tensor) -> bool:
     return computes or dispatches or not (p.is_floating_point() or p.is_complex())
 
 
+def _refuse_empty(example: Example) -> None:
+    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    if not any(t.is_nested or t.numel() for t in tensors):
+        raise DummyInputError(
+            f"dummy_input is empty: {some([str(tuple(t.shape)) for t in tensors])}\n"
+            "  effect  the model would compute nothing on it: no MACs to count, nothing to compare\n"
+            "  to fix  pass an example with entries, such as a batch of one"
+        )
+
+
 def _warn_of_nan(example: Example) -> None:
     plain = [t for t in tree_leaves(example) if type(t) is Tensor and t.layout == torch.strided and not t.is_meta]
     if any(t.is_floating_point() and t.itemsize > 1 and bool(t.isnan().any()) for t in plain):  # float8 has no isnan
@@ -543,4 +557,16 @@ def _warn_of_nan(example: Example) -> None:
 
 
 def _listed(names: Any) -> list[Any]:
-    return [names] if isinstance(names, str | int | type | nn.Module) else list(names)
+    """Several names, or a single one.
+
+    Raises:
+        OptionError: It is neither.
+    """
+    if isinstance(names, str | int | type | nn.Module):
+        return [names]
+    if not isinstance(names, Iterable):
+        raise OptionError(
+            f"{names!r} names nothing of the model\n  effect  nothing was marked\n"
+            "  to fix  give a list of names or globs; an empty one for none"
+        )
+    return list(names)

@@ -225,8 +225,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that is to be at ``path``, in place of one that may be there; it gets there at the end.
 
     Raises:
-        ArtifactError: It cannot be written.
+        ArtifactError: It cannot be written, or is a folder.
     """
+    if path.is_dir():
+        raise ArtifactError(
+            f"{path} is a folder\n  effect  nothing was written; the folder is as it was\n"
+            f"  to fix  name a file in it, such as {path / 'report.html'}"
+        )
     with rewording_os_errors(path.parent, f"{path.name} was not written"), scratch(path.parent) as folder:
         draft = folder / path.name
         yield draft

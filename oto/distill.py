@@ -63,7 +63,12 @@ def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTarget
         logits: The teacher's logits, shape ``(..., classes)``.
         k: Number of classes; with all of them the loss is the same as with the teacher itself.
         temperature: The temperature of the :class:`Distillation` that uses them.
+
+    Raises:
+        OptionError: ``k`` is no number of classes.
     """
+    if not isinstance(k, int) or k < 1:
+        raise OptionError(f"k is {k!r}; it is the number of classes that are kept, at least 1")
     top = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
     return SoftTargets(top.values, top.indices.int(), torch.tensor(float(temperature)))
 
@@ -229,7 +234,15 @@ class Distillation(nn.Module):
             dtype: Dtype of the copy's floating-point tensors, such as ``torch.bfloat16``. Inputs are cast to it.
             device: Device of the copy, such as ``"cpu"`` with ``offload=True``.
             **options: Options of :class:`Distillation`.
+
+        Raises:
+            OptionError: ``model`` is no module, or an option is invalid.
         """
+        if not isinstance(model, nn.Module):
+            raise OptionError(
+                f"the teacher is a {'class' if isinstance(model, type) else type(model).__name__}, no torch.nn.Module\n"
+                "  effect  there is nothing to copy\n  to fix  pass the module itself"
+            )
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         copied: dict[int, Any] = {}
@@ -528,7 +541,7 @@ def _named(model: nn.Module, name: str) -> nn.Module:
             return known[name]
     raise OptionError(
         f"no module is called {name!r}\n  effect  its outputs cannot be compared\n"
-        f"  to fix  hidden= names modules of both models, such as {some(known)}"
+        f"  to fix  hidden= names modules of both models, such as {some(filter(None, known))}"
     )
 
 

@@ -260,6 +260,17 @@ def users_level() -> int:
     return level
 
 
+def require_flags(**flags: Any) -> None:
+    """Refuse options that are neither true nor false, such as ``"no"``, which Python takes for true.
+
+    Raises:
+        OptionError: The first of them, by its name.
+    """
+    for name, value in flags.items():
+        if not any(value is flag or value == flag for flag in (True, False)):
+            raise OptionError(f"{name} is {value!r}; it is True or False")
+
+
 def some(names: Iterable[str], limit: int = 5) -> str:
     """Join names for a message, cut after ``limit`` with a count.
 

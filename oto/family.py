@@ -140,6 +140,11 @@ class FamilyTraining:
         Returns:
             The full network's loss, detached.
         """
+        if not callable(forward) or not callable(loss):
+            raise OptionError(
+                "forward and loss are functions: of a network, and of its output\n  effect  nothing was run\n"
+                "  to fix  family.step(lambda net: net(x), lambda output: cross_entropy(output, y))"
+            )
         members, step = self._settled(), self.optimizer.clock
         output = forward(self.model)
         value = loss(output)

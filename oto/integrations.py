@@ -69,7 +69,13 @@ def log_progress(trainer: Any) -> None:
 
     Raises:
         MissingExtraError: transformers is not installed.
+        OptionError: The trainer is of another kind.
     """
+    if not hasattr(trainer, "callback_handler"):
+        raise OptionError(
+            f"a {type(trainer).__name__} is no Trainer of transformers\n  effect  nothing was added to it\n"
+            "  to fix  elsewhere log progress_dict(optimizer) yourself, as self.log_dict(...) of lightning does"
+        )
     try:
         from transformers import TrainerCallback
     except ImportError as failure:

@@ -102,7 +102,8 @@ def make(
 
     Raises:
         OptionError: ``kind`` has no such option.
-        ModelChangedError, TooLateError: Parameters that would be zeroed were renamed or frozen since the analysis.
+        ModelChangedError, TooLateError: Parameters that would be zeroed were renamed or frozen since the analysis, or
+            some have other shapes.
     """
     refuse_unknown(options, keywords_of(kind) - SUPPLIED, kind.__name__)
     refuse_flattened(analysis.model)
@@ -213,10 +214,11 @@ def _warn_of_adapters(analysis: Analysis, optimizer: SparseOptimizer) -> None:
 
 
 def require_named(analysis: Analysis) -> None:
-    """Refuse a model whose parameters have other names than in the analysis, as they get from a module put around some.
+    """Refuse a model whose parameters have other names than in the analysis, as they get from a module put around some,
+    or other shapes, as a new head has.
 
     Raises:
-        ModelChangedError: What would be zeroed is not found by its name.
+        ModelChangedError: What would be zeroed is not found by its name, or some parameter has another shape.
     """
     zeroed = dict.fromkeys(piece.parameter for group in analysis.groups if group.prunable for piece in group.zeros)
     there = dict(analysis.model.named_parameters(remove_duplicate=False))
@@ -226,6 +228,15 @@ def require_named(analysis: Analysis) -> None:
             "  effect  what is to be zeroed is not found by its name; nothing was made\n"
             "  to fix  change the model first (checkpoint_wrapper, block = torch.compile(block), new layers), then"
             " OTO(...); block.compile() keeps names, and may come later"
+        )
+    was = {name: leaf.value.shape for leaf in analysis.graph.leaves if leaf.kind == "parameter" for name in leaf.names}
+    if other := [name for name in was if name in there and tuple(there[name].shape) != was[name]]:
+        raise ModelChangedError(
+            f"{some(other)} of {type(analysis.model).__name__}"
+            f" {'has another shape' if len(other) == 1 else 'have other shapes'} than when OTO(...) was made:"
+            f" {other[0]} is {list(there[other[0]].shape)}, and was {list(was[other[0]])}\n"
+            "  effect  what was found out about the model does not hold any more; nothing was made\n"
+            "  to fix  change the model first (new layers, a new head, more tokens), then OTO(...)"
         )
 
 

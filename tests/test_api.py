@@ -364,6 +364,25 @@ def test_names_that_changed_after_the_analysis_are_refused():
     OTO(model, X).hesso(**SCHEDULE)
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({2: (16, 5)}, r"2\.weight, 2\.bias of Sequential have other[^$]*2\.weight is \[5, 16\], and was \[4, 16\]"),
+        ({0: (6, 24), 2: (24, 4)}, r"0\.weight, 0\.bias, 2\.weight of Sequential have other shapes"),
+    ],
+    ids=["head", "width"],
+)
+def test_shapes_that_changed_after_the_analysis_are_refused_before_training(changed, said):
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    oto = OTO(model, torch.randn(2, 6))
+    for place, sizes in changed.items():
+        model[place] = nn.Linear(*sizes)
+    for make in (lambda: oto.hesso(**SCHEDULE), lambda: oto.family(targets=[0.5], lr=0.1, total_steps=9)):
+        with pytest.raises(ModelChangedError, match=said):
+            make()
+    OTO(model, torch.randn(2, 6)).hesso(**SCHEDULE)
+
+
 def test_unfreezing_after_the_analysis_is_reported():
     model = net()
     model[0].requires_grad_(False)

@@ -17,8 +17,19 @@ from typer.testing import CliRunner
 
 import oto.cli
 from oto import OTO, load_subnet
-from oto.errors import NoGradientWarning, NothingPrunableError, NotPrunedWarning, OptionError, TargetError
-from oto.integrations import early_stopping
+from oto.distill import Distillation, soft_targets
+from oto.errors import (
+    ArtifactError,
+    ClassChangedError,
+    DummyInputError,
+    NoGradientWarning,
+    NothingPrunableError,
+    NotPrunedWarning,
+    OptionError,
+    OTOError,
+    TargetError,
+)
+from oto.integrations import early_stopping, log_progress
 
 X = torch.randn(2, 8)
 
@@ -361,3 +372,92 @@ def test_the_plan_says_what_walks_are() -> None:
     assert (
         lines[4].startswith("steps 214–613  5 periods") and "latest" in lines[-2] and lines[-1].startswith("learning")
     )
+
+
+# Of the wrong type ----------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "a teacher that is none": lambda: Distillation.of(None),
+    "targets of no class": lambda: soft_targets(X, k=0),
+    "a trainer that is none": lambda: log_progress(None),
+    "a batch, no forward": lambda: OTO(mlp(8, 16, 3), X).family(targets=[0.6], lr=1, total_steps=9).step(X, X),
+    "a single step": lambda: OTO(mlp(8, 16, 3), X).hesso(lr=0.1, target_macs=0.5, total_steps=1),
+    "skip_patterns=None": lambda: OTO(mlp(8, 16, 3), X, skip_patterns=None),
+    "only=3.5": lambda: OTO(mlp(8, 16, 3), X, only=3.5),
+    "allow_graph='no'": lambda: OTO(mlp(8, 16, 3), X, allow_graph="no"),
+    "tensor_parallel='4'": lambda: OTO(mlp(8, 16, 3), X, tensor_parallel="4"),
+    "a name that is a number": lambda: OTO(mlp(8, 16, 3), X).mark_unprunable_by_param_names([0]),
+    "no names": lambda: OTO(mlp(8, 16, 3), X).mark_unprunable_by_param_names(None),
+    "a node that is none": lambda: OTO(mlp(8, 16, 3), X).mark_unprunable_by_node_ids([None]),
+    "an operator that is a number": lambda: OTO(mlp(8, 16, 3), X).skip_operators([0]),
+    "a share that is a text": lambda: OTO(mlp(8, 16, 3), X).random_set_zero_groups("a"),
+    "a share below zero": lambda: OTO(mlp(8, 16, 3), X).random_set_zero_groups(-0.1),
+    "a share that is NaN": lambda: OTO(mlp(8, 16, 3), X).random_set_zero_groups(float("nan")),
+    "out_dir=3": lambda: OTO(mlp(8, 16, 3), X).construct_subnet(3),
+    "verify='no'": lambda: OTO(mlp(8, 16, 3), X).construct_subnet(verify="no"),
+    "program='yes'": lambda: OTO(mlp(8, 16, 3), X).construct_subnet(program="yes"),
+    "a group without params": lambda: OTO(mlp(8, 16, 3), X).hesso(target_macs=0.5, total_steps=9, params=[{"lr": 1}]),
+    "a path that is none": lambda: load_subnet(None, nn.Identity),
+}
+SAYS = {
+    "a teacher that is none": r"the teacher is a NoneType[^$]*nothing to copy",
+    "targets of no class": r"k is 0; it is the number of classes",
+    "a trainer that is none": r"a NoneType is no Trainer of transformers[^$]*progress_dict",
+    "a batch, no forward": r"forward and loss are functions[^$]*lambda net: net\(x\)",
+    "a single step": r"ask for pruning_steps >= 1, or more total_steps",
+    "skip_patterns=None": r"None names nothing[^$]*a list of names",
+    "only=3.5": r"3\.5 names nothing",
+    "allow_graph='no'": r"allow_graph is 'no'; it is True or False",
+    "tensor_parallel='4'": r"tensor_parallel is '4'; it is the number of devices",
+    "a name that is a number": r"0 is no name[^$]*nothing was marked",
+    "no names": r"None names nothing",
+    "a node that is none": r"None is no name",
+    "an operator that is a number": r"0 is no name",
+    "a share that is a text": r"target_group_sparsity is 'a'; it is the share of groups that goes",
+    "a share below zero": r"target_group_sparsity is -0\.1; it is the share of groups that goes",
+    "a share that is NaN": r"target_group_sparsity is nan",
+    "out_dir=3": r"out_dir is 3, of the class int[^$]*nothing was computed",
+    "verify='no'": r"verify is 'no'; it is True or False",
+    "program='yes'": r"program is 'yes'; it is True or False",
+    "a group without params": r"parameter group 0 has no 'params': lr",
+    "a path that is none": r"None is no folder[^$]*nothing is loaded",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_of_the_wrong_type_is_refused_with_a_remedy(what: str) -> None:
+    with pytest.raises(OTOError, match=SAYS[what]):
+        WRONG[what]()
+
+
+@pytest.mark.parametrize("made", [None, 3])
+def test_a_function_that_makes_no_model_is_told(tmp_path: Path, made: Any) -> None:
+    oto = OTO(mlp(8, 16, 3), X)
+    oto.random_set_zero_groups(0.5)
+    oto.construct_subnet(tmp_path)
+    with pytest.raises(ClassChangedError, match=rf"is, or makes, a {type(made).__name__}, no torch[^$]*make_model"):
+        load_subnet(tmp_path, lambda: made)
+
+
+def test_an_example_without_entries_is_refused() -> None:
+    with pytest.raises(DummyInputError, match=r"dummy_input is empty: \(0, 8\)[^$]*effect[^$]*to fix[^$]*batch of one"):
+        OTO(mlp(8, 16, 3), X[:0])
+    model = Joined()
+    OTO(model, (X, X[:0]))  # a cache that is empty yet
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(8, 16, 3)
+
+    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+        return self.net(torch.cat([cache, x]))
+
+
+def test_a_report_where_a_folder_is_says_so(tmp_path: Path) -> None:
+    oto = OTO(mlp(8, 16, 3), X)
+    oto.random_set_zero_groups(0.5)
+    with pytest.raises(ArtifactError, match=r"is a folder[^$]*nothing was written[^$]*name a file in it"):
+        oto.construct_subnet().report(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import gcd, prod
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,8 +171,8 @@ def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[No
     Raises:
         TargetError: ``devices`` is no positive number.
     """
-    if devices < 1:
-        raise TargetError(f"tensor_parallel is {devices}; it is the number of devices, at least 1")
+    if not isinstance(devices, int) or devices < 1:
+        raise TargetError(f"tensor_parallel is {devices!r}; it is the number of devices, at least 1")
 
     def divided(group: NodeGroup) -> NodeGroup:
         outer = [prod(cut.before for cut in piece.cuts) for piece in group.slices]
@@ -238,8 +239,10 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
     segments of which some stay.
 
     Raises:
-        TargetError: ``share`` would leave a group with fewer atoms than its minimum.
+        TargetError: ``share`` is no share, or would leave a group with fewer atoms than its minimum.
     """
+    if not isinstance(share, Real) or not share >= 0:
+        raise TargetError(f"target_group_sparsity is {share!r}; it is the share of groups that goes, in [0, 1)")
     prunable = [group for group in groups if group.prunable]
     total = sum(group.size for group in prunable)
     wanted = int(total * share)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import networkx as nx
 from torch import nn
@@ -29,7 +29,7 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """
     matches: list[str] = []
     for pattern in patterns:
-        hits = _hits(pattern, names)
+        hits = _hits(_text(pattern), names)
         if not hits:
             raise UnknownParameterError(
                 f"no parameter is called, or matches, {pattern!r}\n"
@@ -39,6 +39,17 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
             )
         matches += hits
     return list(dict.fromkeys(matches))
+
+
+def _text(name: Any) -> str:
+    """A name, if it is a text.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if isinstance(name, str):
+        return name
+    raise OptionError(f"{name!r} is no name\n  effect  nothing was marked\n  to fix  give names or globs, as texts")
 
 
 Pattern: TypeAlias = str | type[nn.Module] | nn.Module
@@ -98,7 +109,7 @@ def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
     matches: set[str] = set()
     for pattern in patterns:
         inside = [name for name in graph.output_names if name.startswith(f"{pattern}.")]
-        hits = inside or _hits(pattern, graph.output_names)
+        hits = inside or _hits(str(pattern), graph.output_names)  # an index in a tuple is a name, too
         if not hits:
             raise UnknownNodeError(
                 f"no output of the model is called, or matches, {pattern!r}\n"
@@ -118,7 +129,7 @@ def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
     Raises:
         UnknownNodeError: There is no such node.
     """
-    names = [f"node-{i}" if isinstance(i, int) else i for i in ids]
+    names = [f"node-{i}" if isinstance(i, int) else _text(i) for i in ids]
     for name in names:
         if name not in flow:
             raise UnknownNodeError(
@@ -142,7 +153,8 @@ def carried_by_operators(operators: Iterable[str], flow: nx.DiGraph) -> set[str]
     calls = {node: op for node, op in flow.nodes(data="op") if op}
     carried: set[str] = set()
     for operator in operators:
-        hits = [node for node, op in calls.items() if any(fnmatchcase(n, operator.lower()) for n in _spellings(op))]
+        pattern = _text(operator).lower()
+        hits = [node for node, op in calls.items() if any(fnmatchcase(n, pattern) for n in _spellings(op))]
         if not hits:
             names = sorted({op.rpartition(".")[0] or op for op in calls.values()})
             raise UnknownNodeError(

@@ -381,6 +381,11 @@ def reading(path: str | os.PathLike[str]) -> Artifact:
         ArtifactVersionError: The artifact has a format that this version does not read.
         DamagedArtifactError: A file is missing, truncated or changed.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ArtifactError(
+            f"{path!r} is no folder, but of the class {type(path).__name__}\n"
+            "  effect  nothing is loaded\n  to fix  pass the folder given to construct_subnet"
+        )
     folder = given = Path(path).expanduser()
     try:
         if folder.is_file():

@@ -43,6 +43,7 @@ from oto.slim.proof.float64 import dtype_of
 from oto.slim.proof.reference import CheckOptions, Reference
 from oto.slim.proof.run import run
 from oto.slim.provenance import Round, after_rounds, copy_with, descend, held, is_part, lacks_values, origin_of
+from oto.slim.pruned_shapes import laid_out_like
 from oto.slim.source import Source
 
 WEIGHTS, PROGRAM, FULL = "model.safetensors", "model.pt2", "full_group_sparse.safetensors"
@@ -285,7 +286,11 @@ def read_program(path: Path) -> nn.Module:
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], edits: Mapping[str, Any]) -> nn.Module:
     """The slim form of ``model``, which may be on ``meta``."""
-    slim = copy_with(model, tensors, Edits(**edits))
+    laid: dict[int, Tensor] = {}  # tied names share one tensor
+    for name, tensor in tensors.items():  # a file holds no memory layout
+        old = held(model, name)
+        laid.setdefault(id(tensor), tensor if old is None else laid_out_like(old, tensor))
+    slim = copy_with(model, {name: laid[id(tensor)] for name, tensor in tensors.items()}, Edits(**edits))
     left = [n for n, t in [*slim.named_parameters(), *slim.named_buffers()] if t.is_meta]
     if left:
         raise ClassChangedError(
@@ -341,7 +346,13 @@ def load_subnet(
     # what is not in the file stays as the constructor made it
     tensors = artifact.tensors(WEIGHTS) if index == 0 else _tensors_of_member(artifact, index)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
-    given = model if isinstance(model, nn.Module) else make(model, tensors)
+    given = model if isinstance(model, nn.Module) or not callable(model) else make(model, tensors)
+    if not isinstance(given, nn.Module):
+        raise ClassChangedError(
+            f"what is given as the model is, or makes, a {type(given).__name__}, no torch.nn.Module\n"
+            "  effect  the slim weights cannot be put into it\n"
+            "  to fix  pass the model, or a function that returns it: load_subnet(path, make_model)"
+        )
     try:
         _require_same(manifest["model"], given, strict)
         _require_thinner(given, tensors, manifest["model"]["full_shapes"])
@@ -385,7 +396,7 @@ def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Mod
             model = factory()
     except Exception:  # a constructor that computes with its weights needs real tensors
         return factory()
-    return factory() if lacks_values(model, names) else model
+    return factory() if isinstance(model, nn.Module) and lacks_values(model, names) else model
 
 
 def _load_program(artifact: Artifact) -> nn.Module:

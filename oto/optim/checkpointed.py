@@ -8,8 +8,9 @@ What a checkpoint holds is described in :mod:`oto.optim.state`.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oto.errors import OptionError, SetupError, first_line, some
 from oto.optim.choice import Choice
 from oto.optim.plan import PRUNED, REDUNDANT, rows_of
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.state import ours, require_same_atoms, require_same_setup, with_ours
-from oto.optim.wrapped import Params, keeps_own_state
+from oto.optim.wrapped import Params, keeps_own_state, lost_options
 from oto.optim.wrapper import Wrapper
 
 ENTRY_BY_ENTRY = (
@@ -132,11 +134,23 @@ class Checkpointed(Wrapper):
 
         Args:
             **numbers: By name; tensors of one element are read, which waits for their device.
+
+        Raises:
+            OptionError: One of them is no number. Nothing is added.
         """
+        made: dict[str, float] = {}
+        for name, number in numbers.items():
+            try:
+                made[name] = float(number.detach() if isinstance(number, Tensor) else number)
+            except (TypeError, ValueError, RuntimeError) as failure:
+                raise OptionError(
+                    f"{name} is no number to record: {first_line(failure)}\n"
+                    "  effect  nothing was added to the history\n"
+                    "  to fix  numbers, or tensors of one element, such as loss.mean()"
+                ) from failure
         if not self.history or self.history[-1]["step"] != self.clock:
             self.history.append({"step": self.clock})
-        for name, number in numbers.items():
-            self.history[-1][name] = float(number.detach() if isinstance(number, Tensor) else number)
+        self.history[-1] |= made
 
     def _record_cost(self) -> None:
         self.record(**{self.choice.target.unit: self.progress.cost})
@@ -231,11 +245,18 @@ class Checkpointed(Wrapper):
 
         Raises:
             SetupError: It was saved under a different schedule or target, and pruning has begun under one of the two.
-                Before that it is a ``SetupWarning``, and the setup of this optimizer applies.
+                Before that it is a ``SetupWarning``, and the setup of this optimizer applies. Or another optimizer was
+                wrapped there, which has other options; or it is of no optimizer.
         """
-        state_dict = state_dict.copy()
+        state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("param_groups"), Sequence):
+            found = f"it holds {some(map(str, state_dict))}" if isinstance(state_dict, Mapping) else "it is no mapping"
+            raise SetupError(
+                f"this is no state dict of an optimizer: {found}\n  effect  nothing was loaded\n"
+                "  to fix  pass what optimizer.state_dict() gave; of a checkpoint with several parts, that part"
+            )
         saved = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
         kept = self.param_groups[0].get("oto_kept")
         if saved.get("oto_atoms") is not None:
@@ -243,7 +264,15 @@ class Checkpointed(Wrapper):
             require_same_setup(saved, self.param_groups[0])
         if isinstance(state := state_dict.get("state"), Mapping):
             state_dict["state"] = dict(state)  # a sharded optimizer removes what it does not own
+        before = self.base.param_groups, self.base.state
         self.base.load_state_dict(state_dict)
+        if not keeps_own_state(self.base) and (lost := lost_options(self.base, before[0])):
+            self.base.param_groups, self.base.state = before
+            raise SetupError(
+                f"the state dict is of another optimizer than {type(self.base).__name__}: it has no {some(lost)}\n"
+                "  effect  no step could be taken with it; nothing was loaded\n"
+                "  to fix  wrap the optimizer that it was saved from (variant=, base=)"
+            )
         self._share_base()
         if keeps_own_state(self.base):
             self.param_groups[0] |= ours(saved)

@@ -113,7 +113,8 @@ class Schedule:
         if self.steps < self.periods:
             raise TargetError(
                 f"pruning_steps={self.steps} cannot be cut into pruning_periods={self.periods} periods of at least one "
-                f"step; ask for pruning_steps >= {self.periods} or pruning_periods <= {max(self.steps, 1)}"
+                f"step; ask for pruning_steps >= {self.periods}"
+                + (f" or pruning_periods <= {self.steps}" if self.steps > 0 else ", or more total_steps")
             )
         if self.total_steps is not None and self.end > self.total_steps:
             raise TargetError(

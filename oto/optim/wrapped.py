@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,16 @@ def keeps_own_state(base: Optimizer) -> bool:
     return type(base).state_dict is not Optimizer.state_dict or "state_dict" in vars(base)
 
 
+def lost_options(base: Optimizer, before: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Options of an optimizer that its parameter groups have no more after a state dict was loaded.
+
+    Args:
+        before: Its parameter groups as they were.
+    """
+    gone = [had.keys() - has.keys() for had, has in zip(before, base.param_groups, strict=True)]
+    return sorted(set(base.defaults) & set[str]().union(*gone))
+
+
 def inside(base: Optimizer) -> dict[str, Optimizer]:
     """The optimizers that an optimizer holds, by attribute."""
     return {name: held for name, held in vars(base).items() if isinstance(held, Optimizer)}
@@ -168,7 +178,12 @@ def _groups(params: Params, names: Named | None) -> list[dict[str, Any]]:
     """Parameter groups in torch's form, every one with ``param_names``."""
     items: list[Any] = list(params)
     groups = [dict(item) for item in items] if items and isinstance(items[0], dict) else [{"params": items}]
-    for group in groups:
+    for number, group in enumerate(groups):
+        if "params" not in group:
+            raise OptionError(
+                f"parameter group {number} has no 'params': {some(map(str, group))}\n  effect  nothing was made\n"
+                "  to fix  {'params': [...], 'lr': ...} for each group, as torch has it"
+            )
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         pairs = [member for member in members if isinstance(member, tuple)]
         if pairs and len(pairs) == len(members):

@@ -19,7 +19,7 @@ from oto.nn import modules as slim_layers
 from oto.nn.overridden import merge_rounds
 from oto.slim.copying import copied
 from oto.slim.numbers import set_number
-from oto.slim.pruned_shapes import PrunedShapes
+from oto.slim.pruned_shapes import PrunedShapes, parameter_like
 from oto.trace.graph import Leaf
 
 
@@ -88,7 +88,7 @@ def slim_copy(model: nn.Module, tensors: Mapping[str, Tensor], edits: Edits) -> 
     for name, tensor in tensors.items():
         old = attribute(model, name)
         if id(old) not in memo:
-            memo[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+            memo[id(old)] = parameter_like(old, tensor) if isinstance(old, nn.Parameter) else tensor
     try:
         slim = copied(model, memo)
     except Exception as failure:

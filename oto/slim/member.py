@@ -23,7 +23,7 @@ from torch.func import functional_call
 from oto.errors import ShrinkError
 from oto.groups import Kept, NodeGroup, Partition
 from oto.slim.edits import Edits, module_at, slim_copy, tensors_of
-from oto.slim.pruned_shapes import pruned_shapes
+from oto.slim.pruned_shapes import parameter_like, pruned_shapes
 from oto.slim.shrink import shrunk
 from oto.slim.source import Source
 
@@ -135,7 +135,7 @@ def _empty_(net: nn.Module) -> None:
     for name, parameter in list(net.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:
             empty = torch.empty_like(parameter.detach(), device="meta")
-            made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+            made[id(parameter)] = parameter_like(parameter, empty)
         path, _, last = name.rpartition(".")
         setattr(module_at(net, path), last, made[id(parameter)])
 

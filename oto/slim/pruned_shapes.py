@@ -158,7 +158,26 @@ class PrunedShapes:
             if not mask.all():
                 pruned = pruned.index_select(dim, torch.from_numpy(np.flatnonzero(mask)).to(pruned.device))
         whole = all(mask.all() for mask in self.entries(leaf))
-        return pruned.clone() if whole else pruned
+        return pruned.clone() if whole else laid_out_like(tensor, pruned)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
+    """``new``, with channels last in memory if those of ``old`` are; a copy only if they were not."""
+    layout = _CHANNELS_LAST.get(old.ndim) if old.layout == torch.strided and old.ndim == new.ndim else None
+    if layout is None or old.is_contiguous() or not old.is_contiguous(memory_format=layout):
+        return new
+    return new.contiguous(memory_format=layout)
+
+
+def parameter_like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it: flags, numbers and
+    texts, such as ``weight._no_weight_decay = True``. Tensors and objects among its attributes are those of ``old``."""
+    made = nn.Parameter(new, old.requires_grad)
+    vars(made).update({key: value for key, value in vars(old).items() if isinstance(value, bool | int | float | str)})
+    return made
 
 
 def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oto.errors import SetupError, SetupWarning
+from oto.errors import OptionError, SetupError, SetupWarning
 from tests.optim.toy import END, PERIODS, START, STEPS, assert_same, count_zeros, hesso, net, train
 
 # Progress ------------------------------------------------------------------------------------------------------------
@@ -105,6 +105,17 @@ def test_a_resume_under_another_setup_is_refused_once_pruning_has_begun(tmp_path
     assert optimizer.clock == 3
 
 
+def test_a_resume_with_another_wrapped_optimizer_is_refused_and_nothing_loaded(tmp_path):
+    saved = saved_after(START + 1, tmp_path)
+    model = net()
+    optimizer = hesso(model, variant="adam")
+    with pytest.raises(SetupError, match=r"of another optimizer than Adam: it has no betas, eps[^$]*to fix  wrap"):
+        optimizer.load_state_dict(saved["optimizer"])
+    assert optimizer.clock == 0 and not optimizer.state
+    train(model, optimizer, range(END))  # as if nothing had been
+    assert optimizer.progress.over
+
+
 def test_the_history_goes_on_after_a_resume(tmp_path):
     """Saved as plain data beside the rest, so that `weights_only` loads it; numbers of one step are one record."""
     model = net()
@@ -164,3 +175,18 @@ def test_a_checkpoint_from_before_there_were_setups_loads(tmp_path):
     train(model, optimizer, range(START + 1, END))
     assert_same(model, through)
     assert count_zeros(model) == 7
+
+
+@pytest.mark.parametrize("given", [None, {}, {"0.weight": torch.ones(2)}])
+def test_what_is_no_state_dict_of_an_optimizer_is_told(given):
+    optimizer = hesso(net())
+    with pytest.raises(SetupError, match=r"no state dict of an optimizer[^$]*nothing was loaded[^$]*that part"):
+        optimizer.load_state_dict(given)
+
+
+@pytest.mark.parametrize("number", [None, "a", torch.ones(3)])
+def test_what_is_no_number_is_not_recorded(number):
+    optimizer = hesso(net())
+    with pytest.raises(OptionError, match=r"loss is no number to record[^$]*nothing was added"):
+        optimizer.record(accuracy=0.5, loss=number)
+    assert optimizer.history == []

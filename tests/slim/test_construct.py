@@ -386,3 +386,56 @@ def test_a_copy_is_as_python_copies():
     assert made.plain.forward.__self__ is made.plain and made.particular.copies == 1
     assert made.plain.sizes == [4, {"deep": (4,)}] and made.plain.sizes is not model.plain.sizes
     assert {p.data_ptr() for p in made.lstm._flat_weights} == {p.data_ptr() for p in made.lstm.parameters()}
+
+
+def test_channels_that_lie_last_in_memory_stay_last_in_the_slim_model_and_in_one_that_is_loaded(tmp_path):
+    def made():
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+        return model.to(memory_format=torch.channels_last)
+
+    def last(model):
+        return [
+            p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+            for p in model.parameters()
+            if p.ndim == 4
+        ]
+
+    oto = OTO(made(), torch.randn(2, 3, 6, 6).to(memory_format=torch.channels_last))
+    oto.random_set_zero_groups(0.5)
+    assert last(oto.construct_subnet(tmp_path).model) == [True, True]
+    assert last(load_subnet(tmp_path, made)) == [True, True]
+    assert last(load_subnet(tmp_path, lambda: made().to(memory_format=torch.contiguous_format))) == [False, False]
+
+
+@pytest.mark.parametrize("allow_graph", [False, True])
+def test_marks_on_parameters_stay(tmp_path, allow_graph):
+    """Code that makes parameter groups for the slim model goes by them."""
+
+    def made():
+        model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+        model[0].weight._no_weight_decay, model[0].bias.part = True, "encoder"
+        model[0].weight.main_grad = torch.zeros(16, 3)
+        return model
+
+    def marks(model):
+        return [vars(p) for p in model.parameters()]
+
+    wanted = [{"_no_weight_decay": True}, {"part": "encoder"}, {}, {}]
+    model = made()
+    oto = OTO(model, torch.randn(2, 3), allow_graph=allow_graph)
+    oto.random_set_zero_groups(0.5)
+    assert marks(oto.construct_subnet(tmp_path, emitter="graph" if allow_graph else "auto").model) == wanted
+    if not allow_graph:
+        assert marks(load_subnet(tmp_path, made)) == wanted
+
+
+def test_marks_on_parameters_stay_when_the_model_shrinks_in_training():
+    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+    model[0].weight._no_weight_decay = True
+    oto = OTO(model, torch.randn(2, 3))
+    optimizer = oto.hesso(lr=0.1, target_macs=0.5, start_pruning_step=0, pruning_steps=2, pruning_periods=1)
+    for _ in range(3):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    oto.shrink(optimizer)
+    assert model[0].weight.shape[0] < 16 and vars(model[0].weight) == {"_no_weight_decay": True}

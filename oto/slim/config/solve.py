@@ -20,7 +20,7 @@ from oto.axes.terms import Sum, Term, count, resolve, size_of
 from oto.errors import EmitterError, reraise_out_of_memory, some
 from oto.slim.config.recipe import MADE_WITH, Fields, Recipe, Shapes, Unfilled
 from oto.slim.edits import Edits, named_tensors, owner_of, renumbered, slim_copy
-from oto.slim.pruned_shapes import PrunedShapes
+from oto.slim.pruned_shapes import PrunedShapes, parameter_like
 
 MISFIT = float("inf")
 
@@ -199,7 +199,9 @@ def fill(slim: nn.Module, like: Mapping[str, Tensor], tensors: Mapping[str, Tens
         if name not in tensors or tensors[name].shape != old.shape:
             raise EmitterError(f"{name} is {list(old.shape)}, and nothing of that shape is there for it")
         if id(old) not in made:
-            made[id(old)] = nn.Parameter(tensors[name], like[name].requires_grad)
+            full = like[name]
+            assert isinstance(full, nn.Parameter)
+            made[id(old)] = parameter_like(full, tensors[name])
         _put(slim, name, made[id(old)])
     for name, buffer in list(slim.named_buffers(remove_duplicate=False)):
         if name in saved and name in tensors:

@@ -24,7 +24,7 @@ from oto.groups.segments import branches, not_computed, overwritten
 from oto.slim.edits import owner_of
 from oto.slim.graph.layers import follow_device, name_leaves
 from oto.slim.graph.module import SlimGraph
-from oto.slim.pruned_shapes import PrunedShapes
+from oto.slim.pruned_shapes import PrunedShapes, parameter_like
 from oto.trace.export import Exported
 from oto.trace.graph import Leaf, Node, Value
 
@@ -178,7 +178,7 @@ def pruned_module(exported: Exported, pruned: PrunedShapes, erased: Sequence[Seg
         owner, name = owner_of(slim, target)
         if id(old) in leaves and id(old) not in made:
             new = pruned.prune(leaves[id(old)], old)
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            made[id(old)] = parameter_like(old, new) if isinstance(old, nn.Parameter) else new
         if id(old) in made:
             setattr(owner, name, made[id(old)])
     return slim

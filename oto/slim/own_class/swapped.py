@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oto.slim.copying import closed_over
 from oto.slim.edits import Edits, attribute, edited
+from oto.slim.pruned_shapes import parameter_like
 from oto.trace.snapshot import Snapshot, content_of, modules_of, surroundings
 
 
@@ -45,7 +46,7 @@ class Copy:
         try:
             for name, new in tensors.items():
                 old = attribute(self.model, name)
-                kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                kept = parameter_like(old, new) if isinstance(old, nn.Parameter) else new
                 for holder, key in self.holders[id(old)]:
                     holder[key] = kept
             return edited(self.model, edits)
