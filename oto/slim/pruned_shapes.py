@@ -172,7 +172,7 @@ def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
     return new.contiguous(memory_format=layout)
 
 
-def parameter_like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
     """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it: flags, numbers and
     texts, such as ``weight._no_weight_decay = True``. Tensors and objects among its attributes are those of ``old``."""
     made = nn.Parameter(new, old.requires_grad)

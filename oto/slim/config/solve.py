@@ -199,9 +199,7 @@ def fill(slim: nn.Module, like: Mapping[str, Tensor], tensors: Mapping[str, Tens
         if name not in tensors or tensors[name].shape != old.shape:
             raise EmitterError(f"{name} is {list(old.shape)}, and nothing of that shape is there for it")
         if id(old) not in made:
-            full = like[name]
-            assert isinstance(full, nn.Parameter)
-            made[id(old)] = parameter_like(full, tensors[name])
+            made[id(old)] = parameter_like(like[name], tensors[name])
         _put(slim, name, made[id(old)])
     for name, buffer in list(slim.named_buffers(remove_duplicate=False)):
         if name in saved and name in tensors:
