@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +68,9 @@ def soft_targets(logits: Tensor, k: int, temperature: float = 1.0) -> SoftTarget
     Raises:
         OptionError: ``k`` is no number of classes.
     """
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, Integral) or k < 1:
         raise OptionError(f"k is {k!r}; it is the number of classes that are kept, at least 1")
-    top = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]))
+    top = (_wide(logits.detach()) / temperature).log_softmax(-1).topk(min(int(k), logits.shape[-1]))
     return SoftTargets(top.values, top.indices.int(), torch.tensor(float(temperature)))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from oto.user_code import line_of
@@ -267,7 +268,7 @@ def require_flags(**flags: Any) -> None:
         OptionError: The first of them, by its name.
     """
     for name, value in flags.items():
-        if not any(value is flag or value == flag for flag in (True, False)):
+        if not (value is None or isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))):
             raise OptionError(f"{name} is {value!r}; it is True or False")
 
 

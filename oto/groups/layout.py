@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import gcd, prod
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,7 +171,7 @@ def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[No
     Raises:
         TargetError: ``devices`` is no positive number.
     """
-    if not isinstance(devices, int) or devices < 1:
+    if not isinstance(devices, Integral) or devices < 1:
         raise TargetError(f"tensor_parallel is {devices!r}; it is the number of devices, at least 1")
 
     def divided(group: NodeGroup) -> NodeGroup:

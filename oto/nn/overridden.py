@@ -466,14 +466,21 @@ def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any
                 name = next((n for n, each in there.items() if any(isinstance(h, Pieces) for h in each)), name)
             before = there.get(name, [Override()])
             if any(isinstance(how, Passed) for how in before):  # calls that the second round did not see
-                left = iter(list(hows) * (len(before) if len(hows) == 1 else 1))
+                seen = sum(not isinstance(how, Passed) for how in before)
+                if len(hows) not in (1, seen):
+                    raise _uneven(name, site, seen, len(hows))
+                left = iter(list(hows) * (seen if len(hows) == 1 else 1))
                 hows = [Override() if isinstance(how, Passed) else next(left) for how in before]
             times = max(len(before), len(hows))
             if {len(before), len(hows)} - {1, times}:
-                raise RuntimeError(f"{name} has {len(before)} overrides in one round, {len(hows)} in another: {site}")
+                raise _uneven(name, site, len(before), len(hows))
             pairs = zip(before * (times // len(before)), list(hows) * (times // len(hows)), strict=True)
             there[name] = [_both(one, other) for one, other in pairs]
     return to_json(both)
+
+
+def _uneven(name: str, site: str, first: int, second: int) -> RuntimeError:
+    return RuntimeError(f"{name} has {first} overrides in one round, {second} in another: {site}")
 
 
 def _unlearned(how: Override) -> Override:

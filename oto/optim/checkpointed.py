@@ -23,7 +23,7 @@ from oto.optim.choice import Choice
 from oto.optim.plan import PRUNED, REDUNDANT, rows_of
 from oto.optim.schedule import Progress, Schedule
 from oto.optim.state import ours, require_same_atoms, require_same_setup, with_ours
-from oto.optim.wrapped import Params, keeps_own_state, lost_options
+from oto.optim.wrapped import Params, foreign_options, keeps_own_state
 from oto.optim.wrapper import Wrapper
 
 ENTRY_BY_ENTRY = (
@@ -264,15 +264,13 @@ class Checkpointed(Wrapper):
             require_same_setup(saved, self.param_groups[0])
         if isinstance(state := state_dict.get("state"), Mapping):
             state_dict["state"] = dict(state)  # a sharded optimizer removes what it does not own
-        before = self.base.param_groups, self.base.state
-        self.base.load_state_dict(state_dict)
-        if not keeps_own_state(self.base) and (lost := lost_options(self.base, before[0])):
-            self.base.param_groups, self.base.state = before
+        if not keeps_own_state(self.base) and (foreign := foreign_options(self.base, saved)):
             raise SetupError(
-                f"the state dict is of another optimizer than {type(self.base).__name__}: it has no {some(lost)}\n"
+                f"the state dict is of another optimizer than {type(self.base).__name__}, with {some(foreign)}\n"
                 "  effect  no step could be taken with it; nothing was loaded\n"
                 "  to fix  wrap the optimizer that it was saved from (variant=, base=)"
             )
+        self.base.load_state_dict(state_dict)
         self._share_base()
         if keeps_own_state(self.base):
             self.param_groups[0] |= ours(saved)

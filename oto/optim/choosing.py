@@ -35,6 +35,8 @@ from oto.shards import any_sharded
 class Choosing(Compensating):
     """A wrapping optimizer that chooses which atoms of its node groups go."""
 
+    _computed: tuple[Sequence[Tensor], list[NodeGroup]] | None = None
+
     def observe(self, ahead: int | None) -> None:
         """Add the scores of this step to the averages, if the next choice is at most ``average_steps`` away.
 
@@ -103,24 +105,28 @@ class Choosing(Compensating):
 
     def computed_groups(self) -> list[NodeGroup]:
         """The node groups, without slices of what lies in a segment at zero for good: nothing reads them there."""
-        gone: set[str] = set()
-        for group, atoms in zip(self.node_groups, self._codes(), strict=True) if self._has_segments else ():
+        if not any(group.segment for group in self.node_groups):
+            return list(self.node_groups)
+        codes = self._codes()
+        if self._computed is None or self._computed[0] is not codes:  # a list of its own for each choice
+            self._computed = codes, self._without_gone(codes)
+        return list(self._computed[1])
+
+    def _without_gone(self, codes: Sequence[Tensor]) -> list[NodeGroup]:
+        parameters, gone = self.parameters(), set[str]()
+        for group, atoms in zip(self.node_groups, codes, strict=True):
             if group.segment and group.size and bool((atoms == PRUNED).all()):
-                shapes = {piece.parameter: self.parameters()[piece.parameter].shape for piece in group.slices}
                 # of entries behind a concatenation only some belong to the segment
-                gone |= {
-                    own.parameter for own in group.slices if own == Slice.whole(own.parameter, shapes[own.parameter])
-                }
+                whole = (
+                    own for own in group.slices if own == Slice.whole(own.parameter, parameters[own.parameter].shape)
+                )
+                gone |= {own.parameter for own in whole}
 
         def read(group: NodeGroup) -> NodeGroup:
             left = [piece for piece in group.slices if piece.parameter not in gone or piece in group.zeros]
             return group if group.segment else replace(group, slices=tuple(left))
 
         return list(map(read, self.node_groups)) if gone else list(self.node_groups)
-
-    @property
-    def _has_segments(self) -> bool:
-        return any(group.segment for group in self.node_groups)
 
     def maximized(self) -> set[str]:
         """Parameters of groups with ``maximize``, whose gradients point uphill."""

@@ -112,10 +112,10 @@ class Target:
                 raise TargetError(f"{name} is {value}; it is the share of groups to remove, in [0, 1)")
             pruned = int(atoms * number + 1e-6)  # .29 of 100 is 28.999999999999996
             if number and atoms and not pruned:
+                enough = f"ask for {np.ceil(1e4 / atoms) / 1e4:g} or more, or for" if atoms > 1 else "ask for"
                 raise TargetError(
                     f"{name}={value} of {atoms} groups is less than one\n"
-                    "  effect  nothing would be removed\n"
-                    f"  to fix  ask for {np.ceil(1e4 / max(atoms, 2)) / 1e4:g} or more, or for a target in MACs"
+                    f"  effect  nothing would be removed\n  to fix  {enough} a target in MACs"
                 )
             return cls(name, number, atoms - pruned, atoms, count)
         measure = _measure(name, costs, latency)

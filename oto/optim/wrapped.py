@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,14 +99,23 @@ def keeps_own_state(base: Optimizer) -> bool:
     return type(base).state_dict is not Optimizer.state_dict or "state_dict" in vars(base)
 
 
-def lost_options(base: Optimizer, before: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Options of an optimizer that its parameter groups have no more after a state dict was loaded.
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
-    Args:
-        before: Its parameter groups as they were.
+
+def foreign_options(base: Optimizer, saved: Mapping[str, Any]) -> list[str]:
+    """Options in a saved parameter group of another optimizer: it also lacks some of this one's.
+
+    A group that only lacks options, or only has more, may be of another version of the same class.
     """
-    gone = [had.keys() - has.keys() for had, has in zip(before, base.param_groups, strict=True)]
-    return sorted(set(base.defaults) & set[str]().union(*gone))
+    known = {
+        *_OF_SCHEDULERS,
+        "params",
+        "param_names",
+        *base.defaults,
+        *(key for own in base.param_groups for key in own),
+    }
+    foreign = sorted(key for key in saved if key not in known and not key.startswith("oto_"))
+    return foreign if base.defaults.keys() - saved.keys() else []
 
 
 def inside(base: Optimizer) -> dict[str, Optimizer]:

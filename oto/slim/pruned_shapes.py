@@ -173,8 +173,10 @@ def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
-    """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it: flags, numbers and
-    texts, such as ``weight._no_weight_decay = True``. Tensors and objects among its attributes are those of ``old``."""
+    """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it, as they are.
+
+    Marks are flags, numbers and texts, such as ``weight._no_weight_decay = True``; other attributes stay behind.
+    """
     made = nn.Parameter(new, old.requires_grad)
     vars(made).update({key: value for key, value in vars(old).items() if isinstance(value, bool | int | float | str)})
     return made

@@ -1,7 +1,8 @@
 """Run a model on shapes only and write nothing down, to see whether it runs: in a fraction of the time of a recording.
 
-Unlike a recording, whose calls are compared with others afterwards, this has to refuse what torch refuses. So a call is
-torch's own, unless its result is remembered from an equal call, or its arguments were looked at.
+Unlike a recording, whose calls are compared with others afterwards, this has to refuse what torch refuses of tensors
+without data. So a call is torch's own, unless its result is remembered from an equal call, or its arguments were looked
+at.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from torch import Tensor, nn
 from oto._torch import DisableTorchFunction, HigherOrderOperator, TorchDispatchMode, tree_map_only
 from oto.errors import reraise_out_of_memory
 from oto.trace.inputs import arguments
-from oto.trace.shapes import Remembered, result_of
+from oto.trace.shapes import REMEMBERED, result_of
 from oto.trace.snapshot import Snapshot, preserved
 
 aten = torch.ops.aten
-
-_REMEMBERED = Remembered()
 
 
 def failure_on_meta(model: nn.Module, dummy_input: Any, found: Snapshot | None = None) -> Exception | None:
@@ -55,16 +54,17 @@ class _Shapes(TorchDispatchMode):
             return op(*args, **kwargs)
         fits = _FITS.get(op)
         with DisableTorchFunction():
-            light = _is_on_meta(args) and _is_on_meta(kwargs.values())
+            light = _is_plain(args) and _is_plain(kwargs.values())
             result = result_of(op, args, kwargs) if light and (fits is None or fits(*args, **kwargs)) else None
-        return _REMEMBERED.call(op, args, kwargs) if result is None else result
+        return REMEMBERED.call(op, args, kwargs) if result is None else result
 
 
-def _is_on_meta(args: Iterable[Any]) -> bool:
-    """Whether the tensors among the arguments have no data, at the first two levels."""
+def _is_plain(args: Iterable[Any]) -> bool:
+    """Whether the tensors among the arguments, at the first two levels, have no data and are contiguous, as results are
+    taken to be."""
     for x in args:
         for t in x if isinstance(x, tuple | list) else (x,):
-            if isinstance(t, Tensor) and not t.is_meta:
+            if isinstance(t, Tensor) and not (t.is_meta and t.is_contiguous()):
                 return False
     return True
 

@@ -27,7 +27,7 @@ from oto.nn.calls import running
 from oto.nn.functional import grouped_mm
 from oto.trace.decisions import Script
 from oto.trace.graph import GraphBuilder, Value, effects
-from oto.trace.shapes import Remembered, result_of
+from oto.trace.shapes import REMEMBERED, result_of
 from oto.trace.snapshot import (
     Snapshot,
 )
@@ -49,8 +49,6 @@ _WRITES_FIRST = {
 _OF_ANY_WIDTH: dict[Any, Callable[..., Tensor]] = (
     {aten._grouped_mm.default: grouped_mm} if hasattr(aten, "_grouped_mm") else {}  # torch before 2.8 has none
 )
-
-_REMEMBERED = Remembered()
 
 _Place: TypeAlias = tuple[Any, ...]
 
@@ -207,7 +205,7 @@ class Recorder(TorchDispatchMode):
         if self.builder.mode == "real" and (whole or writes):
             self.found.spare((args, kwargs))
         if result is None and self.shapes_only and not whole:
-            result = _REMEMBERED.call(op, args, kwargs, self.fake)
+            result = REMEMBERED.call(op, args, kwargs, self.fake)
         elif result is None:
             result = _OF_ANY_WIDTH.get(op, op)(*args, **kwargs)
         if self.script is not None:

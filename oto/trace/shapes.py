@@ -95,6 +95,10 @@ class Remembered:
             self._given[key] = kind, [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
+REMEMBERED = Remembered()
+"""The cache of all recordings and runs on shapes."""
+
+
 def _empty(
     fake: FakeTensorMode | None, shape: Shape, stride: Shape, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

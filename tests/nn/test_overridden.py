@@ -341,3 +341,12 @@ def test_code_of_packages_that_are_called_like_torch_is_a_users(monkeypatch: pyt
     forward.remove()
     OverriddenForward(slim, former).install()
     torch.testing.assert_close(slim(x), expected, rtol=0, atol=0)
+
+
+def test_rounds_that_see_other_calls_than_each_other_are_refused():
+    """A call that was passed over in the first round is not seen by the second."""
+    first = {"site": {"max_pool2d": [{"passed": True}, {}, {}]}}
+    both = overridden.merge_rounds(first, {"site": {"max_pool2d": [{"keep": True}, {}]}})
+    assert both["site"]["max_pool2d"] == [{"passed": True}, {"keep": True}, {}]
+    with pytest.raises(RuntimeError, match="max_pool2d has 2 overrides in one round, 3 in another: site"):
+        overridden.merge_rounds(first, {"site": {"max_pool2d": [{}, {}, {}]}})

@@ -462,3 +462,13 @@ def test_what_reads_a_channel_in_a_segment_that_is_gone_does_not_count():
         read += [own.reader_sq for group, own in entries if group.name == "stem.weight"]
         way.oto.shrink(way.optimizer)
     assert torch.equal(*read)
+
+
+def test_what_counts_is_looked_up_once_for_each_choice(monkeypatch):
+    way = Way(make=Images)
+    assert way.optimizer.computed_groups() == list(way.optimizer.node_groups)
+    gone(way, "block")  # other atoms, so it is looked up anew
+    looked = way.optimizer.computed_groups()
+    assert looked != list(way.optimizer.node_groups)
+    monkeypatch.setattr(way.optimizer, "parameters", None)
+    assert way.optimizer.computed_groups() == looked

@@ -42,7 +42,15 @@ def shorter(layer, names=("weight", "bias", "running_mean", "running_var")):
     return layer
 
 
+class Turned(nn.Module):
+    """Views what is not contiguous, as torch refuses."""
+
+    def forward(self, x):
+        return torch.relu(x.transpose(2, 3)).view(-1)
+
+
 WRONG = {
+    "a view of what is not contiguous": Turned,
     "a batch norm of fewer channels": lambda: Net(shorter(nn.BatchNorm2d(8))),
     "its mean alone": lambda: Net(shorter(nn.BatchNorm2d(8), ["running_mean"])),
     "a layer norm of another width": lambda: Net(nn.LayerNorm(5)),
