@@ -315,8 +315,8 @@ class Compression:
     def _require_readers(self, atoms: Sequence[NodeGroup]) -> None:
         """Refuse groups of which none is read by a weight that could take over."""
         if not self.readers.of([group.name for group in atoms]):
-            told = ((g.name, own[0]) for g in atoms if (own := self.readers.reasons.get(g.name)))
-            name, why = next(told, (atoms[0].name, "what reads it is no weight"))
+            reasons = ((g.name, own[0]) for g in atoms if (own := self.readers.reasons.get(g.name)))
+            name, why = next(reasons, (atoms[0].name, "what reads it is no weight"))
             raise OptionError(
                 f"saliency={self._by!r} looks at what the weights that read a group make of it, and no group has such"
                 f" weights: {name}, {why}\n"

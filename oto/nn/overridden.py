@@ -465,7 +465,8 @@ def merge_rounds(old: Json, new: Json) -> dict[str, dict[str, list[dict[str, Any
             if any(isinstance(how, Pieces) for how in hows):  # the first round has another name for the call
                 name = next((n for n, each in there.items() if any(isinstance(h, Pieces) for h in each)), name)
             before = there.get(name, [Override()])
-            if any(isinstance(how, Passed) for how in before):  # calls that the second round did not see
+            passed = any(isinstance(how, Passed) for how in before)
+            if passed and len(hows) != len(before):  # the second round did not see the calls that were passed over
                 seen = sum(not isinstance(how, Passed) for how in before)
                 if len(hows) not in (1, seen):
                     raise _uneven(name, site, seen, len(hows))
