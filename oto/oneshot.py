@@ -184,7 +184,7 @@ class Compression:
     def _by(self) -> str:
         """What the choice goes by, in a word."""
         if self._measured is not None:
-            return next(name for name, criterion in MEASURED.items() if criterion is self._measured)
+            return _name_of(self._measured)
         return "gradients" if self.choice.averaged else "weights"
 
     def _erase(
@@ -295,7 +295,7 @@ class Compression:
                 if own:
                     found[group.name] = torch.stack(own).sum(0).float()
         if atoms and not found:
-            self._require_readers(atoms)
+            _require_readers(self.readers, atoms, self._by)
             raise OptionError(
                 f"no batch reached a weight that reads what may go, and saliency={self._by!r} looks at what it reads\n"
                 "  effect  nothing was changed\n"
@@ -311,18 +311,6 @@ class Compression:
         return torch.cat(
             [found.get(g.name, magnitude(w).float().cpu()) for g, w in zip(self.choice.groups, weights, strict=True)]
         )
-
-    def _require_readers(self, atoms: Sequence[NodeGroup]) -> None:
-        """Refuse groups of which none is read by a weight that could take over."""
-        if not self.readers.of([group.name for group in atoms]):
-            reasons = ((g.name, own[0]) for g in atoms if (own := self.readers.reasons.get(g.name)))
-            name, why = next(reasons, (atoms[0].name, "what reads it is no weight"))
-            raise OptionError(
-                f"saliency={self._by!r} looks at what the weights that read a group make of it, and no group has such"
-                f" weights: {name}, {why}\n"
-                "  effect  nothing was changed\n"
-                "  to fix  leave saliency out, which goes by gradients, or choose by 'sensitivity' or 'magnitude'"
-            )
 
     def _score(self, reader: Reader, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
         parameter, own = self.calibrated.tensors[reader.parameter], measured[key_of(reader)]
@@ -489,14 +477,30 @@ def _measured_by(choice: Choice) -> Any:
     return next((c for c, _ in choice.criteria if c in MEASURED.values()), None)
 
 
+def _name_of(measured: Any) -> str:
+    return next(name for name, criterion in MEASURED.items() if criterion is measured)
+
+
+def _require_readers(found: Readers, atoms: Sequence[NodeGroup], saliency: str) -> None:
+    """Refuse groups of which none is read by a weight that could take over."""
+    if not found.of([group.name for group in atoms]):
+        reasons = ((g.name, own[0]) for g in atoms if (own := found.reasons.get(g.name)))
+        name, why = next(reasons, (atoms[0].name, "what reads it is no weight"))
+        raise OptionError(
+            f"saliency={saliency!r} looks at what the weights that read a group make of it, and no group has such"
+            f" weights: {name}, {why}\n"
+            "  effect  nothing was changed\n"
+            "  to fix  leave saliency out, which goes by gradients, or choose by 'sensitivity' or 'magnitude'"
+        )
+
+
 def _require_comparable(choice: Choice) -> None:
     """Refuse to compare atoms by what readers' outputs lose with segments by what the loss rises by."""
     measured = _measured_by(choice)
     if measured in SCORES and len({group.segment for group in choice.groups}) > 1:
-        name = next(name for name, criterion in MEASURED.items() if criterion is measured)
         raise OptionError(
-            f"saliency={name!r} scores atoms by the outputs of what reads them, and no segment has a share in these:"
-            " the two cannot be compared\n"
+            f"saliency={_name_of(measured)!r} scores atoms by the outputs of what reads them, and no segment has a"
+            " share in these: the two cannot be compared\n"
             "  effect  nothing was changed\n"
             "  to fix  saliency='sensitivity', or none: both are in the unit of the loss; or OTO(...,"
             " compress_mode='prune'), or 'erase'"

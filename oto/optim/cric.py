@@ -197,21 +197,9 @@ class HESSOCRIC(HESSO):
                 f" most {self.max_cycles} walks of {self.sampling_steps} steps, but training ends after"
                 f" total_steps={total}\n"
                 "  effect  groups would be left that never reach zero\n"
-                f"  to fix  {self._shorter(latest + self.schedule.steps - total)}"
+                f"  to fix  {_shorter(self, latest + self.schedule.steps - total)}"
             )
         return replace(self.schedule, start=first["oto_walk"]["over_at"] if first["oto_walk"]["over"] else latest)
-
-    def _shorter(self, over: int) -> str:
-        """What to ask for, so that pruning ends ``over`` steps earlier."""
-        cycles = self.max_cycles - -(-over // self.sampling_steps)
-        ways = [f"max_cycles={cycles} or fewer"] if cycles >= 1 else []
-        ways += [f"start_pruning_step={self.first_step - over} or less"] if over <= self.first_step else []
-        least = self.schedule.steps - over
-        ways += [f"pruning_steps={least} or fewer"] if least >= self.schedule.periods else []
-        return (
-            ", or ".join(ways)
-            or f"train for {over} more steps, or fewer and shorter walks (max_cycles, sampling_steps)"
-        )
 
     def describe_setup(self) -> dict[str, Any]:
         """As in :class:`HESSO`, with the cycles; when pruning begins is not known beforehand."""
@@ -382,3 +370,13 @@ def _relative(scores: Tensor, alive: Tensor) -> Tensor:
     """Scores divided by their mean over the remaining atoms, shape ``(..., N)``."""
     mean = (scores * alive).sum(-1, keepdim=True) / alive.sum()
     return scores / mean.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def _shorter(optimizer: HESSOCRIC, over: int) -> str:
+    """What to ask for, so that pruning ends ``over`` steps earlier."""
+    cycles = optimizer.max_cycles - -(-over // optimizer.sampling_steps)
+    ways = [f"max_cycles={cycles} or fewer"] if cycles >= 1 else []
+    ways += [f"start_pruning_step={optimizer.first_step - over} or less"] if over <= optimizer.first_step else []
+    least = optimizer.schedule.steps - over
+    ways += [f"pruning_steps={least} or fewer"] if least >= optimizer.schedule.periods else []
+    return ", or ".join(ways) or f"train for {over} more steps, or fewer and shorter walks (max_cycles, sampling_steps)"

@@ -18,6 +18,7 @@ from oto.errors import reraise_out_of_memory
 from oto.trace.inputs import arguments
 from oto.trace.shapes import REMEMBERED, result_of
 from oto.trace.snapshot import Snapshot, preserved
+from oto.trace.stand_ins import empty
 
 aten = torch.ops.aten
 
@@ -36,11 +37,6 @@ def failure_on_meta(model: nn.Module, dummy_input: Any, found: Snapshot | None =
         reraise_out_of_memory(failure)
         return failure
     return None
-
-
-def empty(t: Tensor) -> Tensor:
-    """A tensor like another, without data."""
-    return torch.empty_like(t, device="meta")
 
 
 class _Shapes(TorchDispatchMode):

@@ -28,7 +28,8 @@ def on_meta(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-def _empty(t: Tensor) -> Tensor:
+def empty(t: Tensor) -> Tensor:
+    """A tensor like another, without data."""
     with DisableTorchFunction():
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
@@ -37,7 +38,7 @@ def stand_ins(way: Mode, inputs: Any, stack: ExitStack) -> tuple[Callable[[Tenso
     """Enter a mode; returns the function that makes a tensor's stand-in, and the fake tensor mode, if any."""
     if way == "meta":
         stack.enter_context(torch.device("meta"))
-        return _empty, None
+        return empty, None
     if way == "autograd":
         return lambda t: t.detach().clone().requires_grad_(t.requires_grad), None
     if way == "real":
