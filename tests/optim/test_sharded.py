@@ -545,6 +545,26 @@ def parallel() -> Parallel:
     return Parallel().double()
 
 
+class Beside(nn.Module):
+    """A frozen layer with an adapter beside it, as peft has them: tensor parallel plans name each of the three."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + 0.5 * self.b(self.a(x))
+        return y
+
+
+def adapted_parallel() -> Parallel:
+    model = parallel()
+    for name in ("gate", "up", "down"):
+        setattr(model, name, Beside(getattr(model, name)))
+    return model.double()
+
+
 def train_parallel(model: nn.Module, optimizer: Any, half: int | None = None) -> None:
     for n in range(50):
         optimizer.zero_grad()
@@ -556,16 +576,21 @@ def train_parallel(model: nn.Module, optimizer: Any, half: int | None = None) ->
 def parallelize(model: nn.Module, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    plan: dict[str, Any] = {name: ColwiseParallel() for name in ("q", "v", "gate", "up")}
-    parallelize_module(model, mesh, plan | {name: RowwiseParallel() for name in ("out", "down")})
+    columns, rows = ["q", "v", "gate", "up"], ["out", "down"]
+    if isinstance(model.gate, Beside):  # the narrow side of an adapter is in every process
+        columns = ["q", "v", *(f"{name}.{part}" for name in ("gate", "up") for part in ("base", "b"))]
+        rows = ["out", "down.base", "down.a"]
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in columns}
+    parallelize_module(model, mesh, plan | {name: RowwiseParallel() for name in rows})
 
 
 def in_parallel(rank: int, names: tuple[str, ...] = ("hesso",)) -> None:
     """Tensor parallel: whole heads and columns of the FFN in each process, analyzed before and after."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    first = OTO(parallel(), X[..., :6], tensor_parallel=2)
     for name in names:
+        make, options = (adapted_parallel if name.startswith("lhspg") else parallel), MAKERS[name][1]
+        first = OTO(make(), X[..., :6], tensor_parallel=2, **options)
         oto = copy.deepcopy(first)
         other, reference = oto.model, MAKERS[name][2](oto)
         train_parallel(other, reference)
@@ -573,7 +598,7 @@ def in_parallel(rank: int, names: tuple[str, ...] = ("hesso",)) -> None:
             oto = copy.deepcopy(first)
             model = oto.model
             parallelize(model, init_device_mesh("cpu", (RANKS,)))
-            oto = OTO(model, X[..., :6], tensor_parallel=2) if after else oto
+            oto = OTO(model, X[..., :6], tensor_parallel=2, **options) if after else oto
             optimizer = MAKERS[name][2](oto)
             train_parallel(model, optimizer)
             require_same(model, other, optimizer, reference)
@@ -714,7 +739,7 @@ LONG: dict[str, Check] = {
     "hybrid": hybrid,
     "checkpoints of hesso adamw": partial(checkpoints, "hesso adamw"),
     "checkpoints of hesso_cric": partial(checkpoints, "hesso_cric", steps=(8, 13, 38)),
-    "in parallel": partial(in_parallel, names=("hesso", "hspg", "dhspg", "hesso_cric")),
+    "in parallel": partial(in_parallel, names=("hesso", "hspg", "dhspg", "hesso_cric", "lhspg", "lhspg taylor")),
 }
 FOUR: dict[str, Check] = {
     "in two dimensions": in_two_dimensions,
