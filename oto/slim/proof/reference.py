@@ -127,7 +127,8 @@ class Reference:
         size = batch_size(self.example.value)
         if size is None:
             return None
-        return Input(f"batch of {size + 2}", random_like(self.example.value, 0, size + 2), optional=True)
+        size += 1 if size == 1 else 2  # a model may pair the examples of a batch
+        return Input(f"batch of {size}", random_like(self.example.value, 0, size), optional=True)
 
     def check(self, slim: nn.Module, options: CheckOptions = CheckOptions()) -> list[Check]:
         """Compare a slim model with the full one."""
