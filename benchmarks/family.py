@@ -14,6 +14,8 @@ one cell, with the accuracy of each of its members.
 * `family`: one run of `oto.family`, with its defaults or with the options that are named.
 * `prefix`: static prefixes, as in Once-for-all (arXiv 1908.09791): from the first step on every group keeps the same
   share of its channels, those of the largest norm.
+* `deps`: DεpS (ECCV 2024): the full network alone for 55 % of the steps, then prefixes of every group, ranked by the L1
+  norm of the weights that read a channel.
 
 Choices (a default, an option) are made on `accuracy_holdout`; `accuracy` is that on the test set. `cpu_minutes` counts
 training and construction, not evaluation.
@@ -44,8 +46,7 @@ from oto import OTO
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "family.jsonl"
 TARGETS = (0.75, 0.5, 0.25)
-METHODS = ("dense", "single", "family", "prefix")
-PREFIX = {"scope": "local", "saliency": "magnitude", "freeze_step": 0}
+METHODS = ("dense", "single", "family", "prefix", "deps")
 ABLATIONS: list[dict[str, Any]] = [
     *({"freeze_step": share} for share in (0.2, 0.3, 0.6)),
     *({"networks_per_step": count} for count in (2, 3)),
@@ -54,6 +55,19 @@ ABLATIONS: list[dict[str, Any]] = [
 ]
 
 Line = dict[str, Any]
+
+
+def reader_norm(entries: Any) -> torch.Tensor:
+    """L1 norm of the weights that read each atom, by which DεpS ranks."""
+    norms = [reader.abs().flatten(1).sum(1) for reader in entries.readers]
+    return torch.stack(norms).sum(0) if norms else torch.ones(entries.size)
+
+
+FAMILIES: dict[str, Line] = {
+    "family": {},
+    "prefix": {"scope": "local", "saliency": "magnitude", "freeze_step": 0},
+    "deps": {"scope": "local", "saliency": reader_norm, "freeze_step": 0.55, "ramp_steps": 0.02},
+}
 
 
 def trained_family(task: Task, data: Data, seed: int, options: Line) -> tuple[list[Any], float]:
@@ -111,8 +125,8 @@ def run(cell: Line, options: Line) -> Line:
     task, method = TASKS[cell["task"]].with_budget(cell["images"], cell["epochs"]), cell["method"].partition("[")[0]
     data = task.data()
     line = cell | {"options": options}
-    if method in ("family", "prefix"):
-        models, minutes = trained_family(task, data, cell["seed"], (PREFIX if method == "prefix" else {}) | options)
+    if method in FAMILIES:
+        models, minutes = trained_family(task, data, cell["seed"], FAMILIES[method] | options)
         found = [{"target": t, **measured(task, m, data)} for t, m in zip((1.0, *TARGETS), models, strict=True)]
         line["members"] = found
     else:
@@ -218,7 +232,7 @@ def verdicts(here: list[Line]) -> Iterator[str]:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["resnet20"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", "family", "single", "prefix"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the task's")
     parser.add_argument("--images", type=int, help="training examples; default: the task's")
     parser.add_argument("--epochs", type=int, help="default: the task's")
