@@ -90,7 +90,7 @@ def avg_pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     aten._upsample_bicubic2d_aa,
 )
 def upsample(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """Weighted sums over positions; the weights add up to 1 only up to rounding, so only a value of zero stays known."""
+    """Weighted sums over positions; their sum is 1 only up to rounding, so only a value of zero stays known."""
     return _pool(call, x, x.ndim - 2, zero)
 
 
