@@ -498,7 +498,7 @@ def _ancestors(path: str) -> Iterator[str]:
     yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
-# --- which may go together --------------------------------------------------------------------------------------------
+# --- which can be removed together ------------------------------------------------------------------------------------
 
 
 def legal(
@@ -540,7 +540,7 @@ def not_all(partition: Partition) -> list[tuple[str, set[str]]]:
     return [*beside, *_reading_inputs(partition, {name for _, members in beside for name in members})]
 
 
-# --- what is left without them ----------------------------------------------------------------------------------------
+# --- the network without them -----------------------------------------------------------------------------------------
 
 
 def not_computed(segments: Iterable[Segment]) -> frozenset[int]:

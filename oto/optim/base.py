@@ -71,7 +71,7 @@ class SparseOptimizer(Choosing):
             to :meth:`record`. Reports plot it; state dicts contain it.
 
     Raises:
-        OptionError: An option is missing, or the wrapped optimizer has none of that name.
+        OptionError: An option is missing, or unknown to the wrapped optimizer.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """

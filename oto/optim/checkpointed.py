@@ -111,7 +111,7 @@ class Checkpointed(Wrapper):
 
     @property
     def progress(self) -> Progress:
-        """The progress of pruning, to print or to read by field. If another object wraps this optimizer, use ours."""
+        """The progress of pruning, to print or to read by field. A wrapper of this optimizer does not have it."""
         redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
         counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
         return Progress(

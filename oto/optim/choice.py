@@ -313,7 +313,7 @@ class Choice(Criteria):
         return np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
 
     def warn_of_collapse(self, left: Tensor) -> None:
-        """Warn about node groups below the floor, as the target could not be met otherwise; ``left``: kept atoms."""
+        """Warn about node groups below the floor, as the target could not be met otherwise."""
         counts = self._counts(left).tolist()
         pruned = [
             f"{group.name} ({count} of {full})"

@@ -86,7 +86,7 @@ class H2SPG(DHSPG):
         node_groups, number = tuple(node_groups), options.get("target_segments")
         own = besides(options, SearchOptions)
         if options.get("saliency") == "dhspg":
-            own["tolerance_group_sparsity"] = 0.0  # the search says exactly what goes
+            own["tolerance_group_sparsity"] = 0.0  # the search determines exactly what is removed
         if number is not None:
             if all(own.get(name) is None for name in own if name.startswith("target_")):
                 own["target_group_sparsity"] = _share(node_groups, number)

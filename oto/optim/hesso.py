@@ -84,7 +84,7 @@ class HESSO(SparseOptimizer):
     Raises:
         TargetError: The target or the schedule cannot be reached; the message says what can.
         NothingPrunableError: There is a target, but no node group may lose an atom.
-        OptionError: An option is missing, or the wrapped optimizer has none of that name.
+        OptionError: An option is missing, or unknown to the wrapped optimizer.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter holds NaN or infinity.
 

@@ -14,8 +14,8 @@ If the adapter does not move, λ_g shortens the group by the same length at ever
 
 Where we differ from the paper and its released code, and why:
 
-* The paper does not define λ_g. Ours reduces the norm linearly to zero over the period. Whatever the adapter adds, what
-  remains when the period ends is set to zero.
+* The paper does not define λ_g. Here it reduces the norm linearly to zero over the period. Whatever the adapter adds,
+  what remains when the period ends is set to zero.
 * The paper does not define ε either; here it is 0: a group that shrinks as planned has
   ``<x̂, x> / ||x||² = 1 - 1 / (T - t)``, so a larger ε would project it early, in the last ``1 / (1 - ε)`` steps.
 * Which groups are removed in which period is determined by the library's choice and targets. The paper removes equally
