@@ -1,16 +1,16 @@
-"""Models with adapters of ``peft``: how they are made again, and how slim adapters part from their slim base.
+"""Support models with adapters of ``peft``: make them from a config, and separate slim adapters from their base.
 
     oto = OTO(peft_model, example, prune_frozen=True, layout="uniform")     # uniform: the config states the sizes
     optimizer = oto.lhspg(variant="adamw", lr=1e-3, target_params=0.6, total_steps=1000)
     ...                                                                     # train
     slim = slim_adapters(oto.construct_subnet().model)
     slim.save_pretrained("adapters")                                        # the adapters alone
-    slim.unload().save_pretrained("slim")                                   # the base, last: it takes them off
+    slim.unload().save_pretrained("slim")                                   # the base; last, as it removes adapters
 
-``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("slim"), "adapters")`` is the slim model, without
+``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("slim"), "adapters")`` loads the slim model without
 ``oto``.
 
-This file alone knows classes of peft, which is not imported before it is used.
+Only this file uses classes of peft, which is not imported before it is used.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ from oto.errors import OptionError, some
 from oto.slim.config.recipe import Maker, makers
 
 KIND = "LORA"
-"""The kind of adapters that are told from their base."""
+"""The kind of adapters that can be separated from their base."""
 
 
 def _adapted(model: Any) -> Any:
-    """peft, if it made the model."""
-    peft: Any = sys.modules.get("peft")  # a model of peft has imported it
+    """The module ``peft`` if the model is a ``PeftModel``, else ``None``."""
+    peft: Any = sys.modules.get("peft")  # it is imported if the model is one of peft
     return peft if peft is not None and isinstance(model, peft.PeftModel) else None
 
 
 def makers_of_adapted(model: Any) -> Iterator[Maker]:
-    """What may have made a model of peft: it makes the base of a config, and puts the one adapter on."""
+    """Functions that may make a model of peft with one adapter: its base from a config, and the adapter on it.
+
+    Yields:
+        A function of a config, and the config of the model's base.
+    """
     peft, own = _adapted(model), dict(getattr(model, "peft_config", {}))
     if peft is None or len(own) != 1:
         return
@@ -53,21 +57,21 @@ def _make(kind: Any, settings: Any, name: str, config: Any) -> nn.Module:
 
 
 def slim_adapters(model: Any, base: nn.Module | None = None) -> Any:
-    """The slim model as peft has it: slim adapters, on a slim base whose layers know nothing of them.
+    """The slim model as an ordinary ``PeftModel``: slim adapters on a slim base.
 
-    Its ``save_pretrained`` writes the adapters alone, which load onto the same base by ``PeftModel.from_pretrained``;
-    ``merge_and_unload()`` gives the merged model.
+    Its ``save_pretrained`` writes the adapters alone, which ``PeftModel.from_pretrained`` loads onto the same base;
+    ``merge_and_unload()`` returns the merged model.
 
     Args:
         model: The model of a subnet whose full model was a ``PeftModel`` with one adapter; it is not changed.
-        base: A slim base of the same sizes, to put the adapters on; by default a copy of the one that they are on.
+        base: A slim base of the same sizes for the adapters; by default a copy of their current one.
 
     Returns:
-        A ``PeftModel``. Where ranks differ from each other, its config states each (``rank_pattern``).
+        A ``PeftModel``. If adapters have different ranks, its config states each (``rank_pattern``).
 
     Raises:
-        OptionError: The model is none of peft, has several adapters, or those of a kind that cannot be told apart; or
-            ``base`` has layers of other sizes.
+        OptionError: The model is not a ``PeftModel``, has several adapters, or adapters other than LoRA; or ``base``
+            has layers of other sizes.
     """
     peft = _adapted(model)
     if peft is None:
@@ -79,7 +83,7 @@ def slim_adapters(model: Any, base: nn.Module | None = None) -> Any:
     state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     base = copy.deepcopy(model).unload() if base is None else base
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that tied weights may be adapted, or the base was: told when they were
+        warnings.simplefilter("ignore")  # about tied weights or an adapted base; these came when the model was made
         made = peft.get_peft_model(base, _as_it_is(model, settings, name), adapter_name=name)
     shapes = {key: tuple(held.shape) for key, held in peft.get_peft_model_state_dict(made, adapter_name=name).items()}
     if other := [key for key, held in state.items() if shapes.get(key) != tuple(held.shape)]:
@@ -92,10 +96,10 @@ def slim_adapters(model: Any, base: nn.Module | None = None) -> Any:
 
 
 def refuse_layers_alone(model: nn.Module) -> None:
-    """Refuse a model that has layers of peft, but not the ``PeftModel`` around them.
+    """Check that a model with layers of peft contains the ``PeftModel`` around them.
 
     Raises:
-        OptionError: It says which model to take.
+        OptionError: It does not; the message says which model to use.
     """
     peft: Any = sys.modules.get("peft")
     if peft is None or any(isinstance(module, peft.PeftModel) for module in model.modules()):
@@ -111,7 +115,11 @@ def refuse_layers_alone(model: nn.Module) -> None:
 
 
 def _only(model: Any) -> tuple[str, Any]:
-    """The one adapter of a model, and its settings."""
+    """The name and the settings of a model's only adapter.
+
+    Raises:
+        OptionError: There are several, or it is not a LoRA adapter.
+    """
     own = dict(model.peft_config)
     if len(own) > 1:
         raise OptionError(
@@ -129,7 +137,7 @@ def _only(model: Any) -> tuple[str, Any]:
 
 
 def _as_it_is(model: Any, settings: Any, name: str) -> Any:
-    """The settings with the ranks that adapters have now; the base is taken as it is, whatever they began with."""
+    """The settings with the current ranks of adapters, and without an initialization that would change the base."""
     settings = copy.deepcopy(settings)
     settings.init_lora_weights = True
     peft, found = sys.modules["peft"], list[tuple[str, int, float, bool]]()
@@ -139,8 +147,8 @@ def _as_it_is(model: Any, settings: Any, name: str) -> Any:
             rank = held.shape[0]
             found.append((path, rank, layer.scaling[name] * rank, rank == layer.r[name]))
     if not all(as_stated for *_, as_stated in found):
-        longest = sorted(found, key=lambda one: len(one[0]), reverse=True)  # the first that ends a name counts
+        longest = sorted(found, key=lambda one: len(one[0]), reverse=True)  # peft uses the first that ends a name
         settings.rank_pattern = {path: rank for path, rank, *_ in longest}
         settings.alpha_pattern = {path: alpha for path, _, alpha, _ in longest}
-        settings.use_rslora = False  # the scale is what it was, by the ranks of now
+        settings.use_rslora = False  # alpha_pattern preserves the scale with the current ranks
     return settings

@@ -1,7 +1,7 @@
-"""What is known about a model before any training: ``analyze(model, dummy_input, Options())`` -> ``Analysis``.
+"""Analyze a model before training: ``analyze(model, dummy_input, Options())`` -> ``Analysis``.
 
-An analysis is a value: marking, shrinking and copying make a new one. :func:`analyze` states the order of the policies
-that decide what may be removed, and :func:`_in_form` the order of the forms that the slim model may take.
+An analysis is an immutable value: marking, shrinking and copying make a new one. :func:`_analyzed` shows the order of
+the policies that determine what may be removed, and :func:`_in_form` the order of the forms of the slim model.
 """
 
 from __future__ import annotations
@@ -85,12 +85,16 @@ Layout: TypeAlias = Literal["free", "uniform", "stock"]
 """How repeated blocks are pruned together, see :class:`oto.OTO`."""
 
 CompressMode: TypeAlias = Literal["prune", "erase", "both"]
-"""Whether atoms go, or segments, or both, see :class:`oto.OTO`."""
+"""Whether atoms, segments, or both are removed, see :class:`oto.OTO`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options for a model; each as in :class:`oto.OTO`."""
+    """The options of an analysis; see :class:`oto.OTO`.
+
+    Raises:
+        OptionError: ``compress_mode``, ``layout`` or a flag has an invalid value.
+    """
 
     skip_patterns: Iterable[Pattern] = ()
     only: Iterable[Pattern] | None = None
@@ -114,12 +118,12 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """The form of the slim model, which decides what may be removed.
+    """The form of the slim model, which limits what may be removed.
 
     Attributes:
-        kind: ``"config"``: the class, made from a config that states every size; ``"class"``: the class, with the
-            result of its search; ``"graph"``: anything that computes the same, as the class cannot express all that
-            may be removed.
+        kind: ``"config"``: the class, made from a config that states every size; ``"class"``: the class, adapted by the
+            result of the search; ``"graph"``: possibly a graph, since groups may be removed that the class cannot
+            express.
         recipe: How the class is made from its config, for ``"config"``.
         own: What the class needs, for ``"class"``.
     """
@@ -130,12 +134,12 @@ class Form:
 
     @property
     def settled(self) -> Form:
-        """The same without the copy on which the class was tried."""
+        """The form without the copy on which the class was searched."""
         return self if self.own is None else replace(self, own=replace(self.own, copy=None))
 
     @property
     def decisions(self) -> Iterable[object]:
-        """The decisions of the search of the class, to print."""
+        """The decisions of the search of the class, which can be printed."""
         if self.own is not None:
             return self.own.steps or ["search: the class was asked, and can do without anything as it is"]
         instead = (
@@ -155,13 +159,13 @@ class Analysis:
         example: The example input.
         partition: The terms of every dimension, and the node groups before any policy.
         groups: The node groups after all policies.
-        form: The form that the slim model may take.
-        state: What the model held when it was recorded.
-        device: The device of its parameters then, if they were all on one.
+        form: The form of the slim model.
+        state: The state of the model when it was recorded.
+        device: The device of its parameters at that time, if they were all on one.
         strict_out_nodes: Which outputs need not keep their size.
         allow_graph, prune_frozen, drop_unreached: As in :class:`oto.OTO`.
-        first: How large the model was before it was made smaller while it trained; ``None`` if it was not.
-        branches: The segments and the branches that stay, if segments may go.
+        first: The size of the model before it was made smaller during training; ``None`` if it was not.
+        branches: The segments, and the branches that stay; ``None`` if segments may not be removed.
     """
 
     model: nn.Module
@@ -185,12 +189,12 @@ class Analysis:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors of the model that it knows."""
+        """The names of all parameters and buffers of the model that were found in the trace."""
         return [name for leaf in self.graph.leaves for name in leaf.names]
 
     @property
     def first_name(self) -> dict[str, str]:
-        """For each name of a parameter the one that groups use; a tied parameter has several names."""
+        """For each name of a tensor, the name that node groups use; tied parameters have several names."""
         return _first_name(self.graph)
 
     @cached_property
@@ -199,7 +203,7 @@ class Analysis:
         return Costs.of(self.partition, self.groups)
 
     def cost(self, kept: Mapping[str, int] | None = None) -> Cost:
-        """The cost of the model with the given numbers of atoms in its groups."""
+        """The cost of the model; with ``kept``, if these groups keep the given numbers of atoms."""
         return cost(self.partition, kept)
 
     def explain(self, *, search: bool = False) -> Explanation:
@@ -208,7 +212,7 @@ class Analysis:
         return explain(self.groups, self.partition, self.form.decisions if search else (), staying)
 
     def erasable(self) -> Erasable:
-        """What may go as a whole, whether or not it is asked for."""
+        """The segments that can be removed as a whole, regardless of ``compress_mode``."""
         partition, found = (self.partition, self.branches) if self.branches else with_segments(self.partition)
         assert found is not None
         return erasable(partition, [group for group in self.groups if group.segment], found.staying)
@@ -219,7 +223,7 @@ class Analysis:
 
     @property
     def summary(self) -> str:
-        """How much may be removed, and the cost of the model, in one line."""
+        """One line: how much may be removed, and the cost of the model."""
         free, costs = [group for group in self.groups if group.prunable], self.cost()
         return (
             f"{len(free)} of {len(self.groups)} node groups prunable, {sum(group.size for group in free):,}"
@@ -230,32 +234,32 @@ class Analysis:
         """Draw the graph to files; see :meth:`oto.OTO.visualize`."""
         return draw(self.partition, self.groups, Path(out_dir).expanduser(), type(self.model).__name__, **how)
 
-    # Marks: what stays whole from now on --------------------------------------------------------------------------
+    # Marks: keep further groups whole -----------------------------------------------------------------------------
 
     def without_parameters(self, patterns: Iterable[str]) -> Analysis:
-        """The analysis in which no entry of some parameters is zeroed."""
+        """The analysis in which the groups stay whole that would zero entries of some parameters."""
         parameters = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         names = _first_names(self.graph, matching(_listed(patterns), parameters))
         return self._without(zeroing(self.groups, names), "it was marked unprunable")
 
     def without_nodes(self, node_ids: Iterable[str | int]) -> Analysis:
-        """The analysis in which all that runs through some nodes of the graph stays whole."""
+        """The analysis in which the groups carried by some nodes of the graph stay whole."""
         return self._without(carried_by_nodes(_listed(node_ids), self.partition.graph), "it was marked unprunable")
 
     def without_operators(self, operators: Iterable[str]) -> Analysis:
-        """The analysis in which all that runs through the results of some operators stays whole."""
+        """The analysis in which the groups carried by the results of some operators stay whole."""
         carried = carried_by_operators(_listed(operators), self.partition.graph)
         return self._without(carried, "skip_operators names an operator that it runs through")
 
     def without_groups(self, groups: set[str], reason: str) -> Analysis:
-        """Node groups of these names stay whole."""
+        """The analysis in which the groups of these names stay whole."""
         return self._without(groups, reason)
 
     def _without(self, groups: set[str], reason: str) -> Analysis:
         return replace(self, groups=settled(keep_whole(self.groups, groups, reason)))
 
     def zero_random_(self, share: float, seed: int) -> None:
-        """Zero a random choice of atoms of the model."""
+        """Set a random choice of atoms to zero, in place."""
         chosen = drawn(self.groups, share, seed)
         reshard(self.model)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -268,7 +272,7 @@ class Analysis:
         """The analysis for a copy of the model or a wrapper of one, or for the model itself after a cast or move.
 
         Raises:
-            UnknownParameterError: It is not a copy.
+            UnknownParameterError: ``model`` lacks a parameter, or has it in another shape.
         """
         shapes = {leaf.name: leaf.value.shape for leaf in self.graph.leaves if leaf.kind == "parameter"}
         inner = holder(model, shapes)
@@ -318,7 +322,7 @@ def analyze(model: nn.Module, dummy_input: Any, options: Options) -> Analysis:
     _warn_of_nan(example)
     if not sharded_names(model):
         return _analyzed(model, example, options)
-    with whole(model):  # on meta, so that nothing is gathered
+    with whole(model):  # with sharded parameters on meta, so that nothing is gathered
         found = _analyzed(model, example, options)
     return replace(found, device=device_of(model.parameters()))
 
@@ -378,7 +382,7 @@ def _analyzed(model: nn.Module, example: Example, options: Options) -> Analysis:
 def _with_segments(
     analysis: Analysis, options: Options, skipped: list[str], only: list[str] | None, calls: Calls
 ) -> Analysis:
-    """The analysis in which segments may go, too, within what was said of their parameters."""
+    """The analysis in which segments may also be removed, limited by the options that concern their parameters."""
     partition, found = with_segments(analysis.partition)
     groups = _layers(analysis, partition, segment_groups(partition, options.min_depth))
     groups = groups if options.prune_frozen else keep_frozen(groups, analysis.graph)
@@ -390,7 +394,7 @@ def _with_segments(
 
 
 def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup], calls: Calls) -> dict[str, str]:
-    """The segments that the class cannot leave out, if the slim model is to be of it, and why."""
+    """The segments that the class cannot leave out, with the reason; empty if the slim model need not be of it."""
     free = {group.name for group in groups if group.prunable}
     segments = [segment for segment in partition.segments if segment.name in free]
     if not segments or analysis.form.kind != "class":
@@ -402,7 +406,7 @@ def _needed(analysis: Analysis, partition: Partition, groups: Iterable[NodeGroup
 
 
 def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, ...]) -> tuple[NodeGroup, ...]:
-    """The groups of segments; if a config states the sizes, only whole layers of a number that it states may go."""
+    """The groups of segments; if a config states the sizes, only whole layers whose number it states may be removed."""
     if analysis.form.recipe is None:
         return groups
     tried = rewording(analysis.model, TraceError, "its class was made of fewer layers (layout)", "the analysis is done")
@@ -411,8 +415,11 @@ def _layers(analysis: Analysis, partition: Partition, groups: tuple[NodeGroup, .
 
 
 def _in_form(layout: Layout | None, analysis: Analysis, keeps: bool) -> Analysis:
-    """Decide on the form of the slim model, and keep whole what that form cannot express: a config comes first, if a
-    layout asks for one and it states any size; then a graph, if ``allow_graph``; then the class."""
+    """Choose the form of the slim model, and keep groups whole that it cannot express.
+
+    The form is a config if a layout requires it and the config states any size; otherwise a graph if ``allow_graph`` is
+    set; otherwise the class.
+    """
     if layout in ("uniform", "stock"):
         recipe = Recipe.of(analysis.model)
         if (groups := _stated(analysis, recipe, layout)) is not None:
@@ -433,7 +440,11 @@ def _stated(analysis: Analysis, recipe: Recipe | None, layout: Layout) -> tuple[
 
 
 def ask_the_class(analysis: Analysis, keeps: bool = False) -> OwnClass:
-    """What a slim model of the model's own class needs; with the copy on which it was tried, if it is kept."""
+    """Search for what a slim model of the model's own class needs.
+
+    Args:
+        keeps: Also return the copy on which the class was searched.
+    """
     model = analysis.model
     asked = rewording(model, TraceError, "it was asked what its class can do without", "the analysis is done")
     with asked, stages(f"OTO({type(model).__name__})"):
@@ -489,10 +500,10 @@ def _no_copy(model: Any, full: nn.Module, bad: list[str]) -> UnknownParameterErr
 
 
 def _module(model: Any) -> nn.Module:
-    """The model, if it is an ``nn.Module``.
+    """Return the model.
 
     Raises:
-        OptionError: It is not; the message names modules that it holds.
+        OptionError: It is not an ``nn.Module``; the message names a module that it holds, if any.
     """
     if isinstance(model, nn.Module):
         return model
@@ -505,12 +516,13 @@ def _module(model: Any) -> nn.Module:
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    """Refuse parameters that are codes of numbers, such as those of torchao and bitsandbytes.
+    """Check that no parameter is quantized, such as those of torchao and bitsandbytes.
 
-    They are told by their class, which computes in its own way or holds integers; a sharded tensor is made of numbers.
+    Such a parameter has a class that overrides how torch computes with it, or that holds integers. Sharded tensors are
+    not quantized.
 
     Raises:
-        OptionError: There are some; nothing would be able to zero them, slice them, or look for zeros in them.
+        OptionError: There are some. They cannot be zeroed or sliced, and zeros in them cannot be found.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     coded = [name for name, p in parameters.items() if _holds_codes(p)]
@@ -557,10 +569,10 @@ def _warn_of_nan(example: Example) -> None:
 
 
 def _listed(names: Any) -> list[Any]:
-    """Several names, or a single one.
+    """Several names, or a single one, as a list.
 
     Raises:
-        OptionError: It is neither.
+        OptionError: ``names`` is neither.
     """
     if isinstance(names, str | int | type | nn.Module):
         return [names]

@@ -1,18 +1,19 @@
-"""Atomic writes: a file or a folder appears whole or not at all, and what a killed process leaves is removed.
+"""Atomic writes: a file or a folder appears completely or not at all, and remains of killed processes are removed.
 
-Whatever is to appear in a folder is written into a *scratch folder* inside of it first, on the same file system by
-construction, so that a rename puts it in place:
+Files are first written to a *scratch folder* inside the target folder, which is therefore on the same file system, and
+then renamed:
 
-    out/.oto-lock                              held while something is moved or removed; gone afterwards
-    out/.oto-<boot>-<machine>-<random>/lock    held for as long as the process that made the scratch folder lives
-    out/.oto-<boot>-<machine>-<random>/files/  what is being written
+    out/.oto-lock                              locked while files are moved or removed; deleted afterwards
+    out/.oto-<boot>-<machine>-<random>/lock    locked as long as the process that made the scratch folder lives
+    out/.oto-<boot>-<machine>-<random>/files/  the files being written
 
-Both locks are ``flock`` locks: the kernel drops them with the process, however it ends. Whoever makes a scratch folder
-removes those whose lock nobody holds. ``<boot>`` and ``<machine>`` say where the lock was taken. A lock that was taken
-elsewhere (another machine on a shared file system) need not be seen here, nor is there one everywhere (Windows, some
-network file systems); such a scratch folder is removed once nobody has written to it for a week.
+Both locks are ``flock`` locks, which the kernel releases when the process ends for any reason. A process that makes a
+scratch folder removes others that are not locked. ``<boot>`` and ``<machine>`` identify where the lock was taken. A
+lock that was taken elsewhere (on another machine with a shared file system) may be invisible here, and some systems
+have no locks (Windows, some network file systems). Scratch folders of such origin are removed if nothing in them was
+written for a week.
 
-This module reads no other part of ``oto`` but its errors.
+Of ``oto``, this module only imports its errors.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ _FULL = {errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EIO, getattr(errno, "EDQU
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder in ``folder``, which is made if need be, to write in and to move files out of.
+    """Context manager for an empty scratch folder in ``folder``, which is created if necessary.
 
-    It goes at the end with all that is left in it, and so does ``folder`` if it was made here and nothing is in it.
-    Scratch folders of processes that died go at once.
+    At the end, the scratch folder is removed with everything left in it, and so is ``folder`` if it was created here
+    and is empty. Scratch folders of processes that died are removed at the beginning.
 
     Raises:
         OSError: ``folder`` cannot be written.
@@ -64,7 +65,7 @@ def scratch(folder: Path) -> Iterator[Path]:
     try:
         with locked(folder) as works:
             for new in made:
-                with suppress(PermissionError):  # it may be written, and not be read
+                with suppress(PermissionError):  # the folder may be writable but not readable
                     sync(new.parent)
             _remove_abandoned(folder, works)
             place = Path(tempfile.mkdtemp(prefix=f".oto-{_boot()}-{_machine()}-", dir=folder))
@@ -78,13 +79,16 @@ def scratch(folder: Path) -> Iterator[Path]:
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
         for parent in made:
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # it is not empty
                 parent.rmdir()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Keep other processes out of ``folder``, which is made if need be; yields whether the file system can do that.
+    """Context manager that locks ``folder`` against other processes that use it; the folder is created if necessary.
+
+    Yields:
+        Whether the file system supports locks.
 
     Raises:
         OSError: ``folder`` cannot be written.
@@ -103,7 +107,7 @@ def locked(folder: Path) -> Iterator[bool]:
                     (folder / LOCK).unlink()
             finally:
                 if works:
-                    fcntl.flock(stream, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open, too
+                    fcntl.flock(stream, fcntl.LOCK_UN)  # a child process that was forked meanwhile has it open as well
 
 
 def _take(folder: Path) -> tuple[io.FileIO, bool]:
@@ -113,9 +117,9 @@ def _take(folder: Path) -> tuple[io.FileIO, bool]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             stream = _opened(path)
-        except FileNotFoundError:  # a save that failed has removed the folder that it had made
+        except FileNotFoundError:  # another save failed and has removed the folder that it had created
             vanished += 1
-            if vanished == 10:  # no file can be made there, as in /proc
+            if vanished == 10:  # no file can be created there, as in /proc
                 raise
             continue
         try:
@@ -123,7 +127,7 @@ def _take(folder: Path) -> tuple[io.FileIO, bool]:
             if taken is False:
                 log.warning("another process is writing to %s; waiting for it", folder)
                 fcntl.flock(stream, fcntl.LOCK_EX)
-            if taken is None or _is_at(stream, path):  # else whoever held it has removed it
+            if taken is None or _is_at(stream, path):  # otherwise its former holder has deleted the file
                 return stream, taken is not None
         except BaseException:
             stream.close()
@@ -132,12 +136,12 @@ def _take(folder: Path) -> tuple[io.FileIO, bool]:
 
 
 def _opened(path: Path) -> io.FileIO:
-    """A file to lock, made if need be. A shared file system locks only what is open for writing."""
+    """Open a file to lock, and create it if necessary. Shared file systems only lock files opened for writing."""
     return open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def _flock(stream: io.FileIO) -> bool | None:
-    """Lock an open file: ``False`` if another process has it, ``None`` where there are no locks."""
+    """Lock an open file; ``False`` if another process holds the lock, ``None`` if locks are not supported."""
     if fcntl is None:
         return None
     try:
@@ -157,13 +161,13 @@ def _is_at(stream: io.FileIO, path: Path) -> bool:
 
 
 def is_scratch(name: str) -> bool:
-    """Whether a file of that name is none of the user's but the means of a write that goes on or broke off."""
+    """Whether a name is that of a lock or scratch folder of this module."""
     return name == LOCK or bool(_SCRATCH.fullmatch(name))
 
 
 def _remove_abandoned(folder: Path, locks_work: bool) -> None:
     for place in folder.iterdir():
-        with suppress(FileNotFoundError):  # it is removed by another process, where there are no locks
+        with suppress(FileNotFoundError):  # without locks, another process may be removing it
             if _is_abandoned(place, locks_work):
                 shutil.rmtree(place, ignore_errors=True)
 
@@ -172,7 +176,7 @@ def _is_abandoned(place: Path, locks_work: bool) -> bool:
     origin = _SCRATCH.fullmatch(place.name)
     if origin is None or place.is_symlink() or not place.is_dir():
         return False
-    if origin[1] is None:  # an earlier version made it, or the user something that is called alike
+    if origin[1] is None:  # made by an earlier version, or a folder of the user with a similar name
         return place.stat().st_mode & 0o777 == 0o700 and (place / "model.safetensors").is_file() and _is_old(place)
     held = _held(place) if locks_work else None
     here = origin[1] == _boot() or origin[2] == _machine()
@@ -180,11 +184,11 @@ def _is_abandoned(place: Path, locks_work: bool) -> bool:
 
 
 def _held(place: Path) -> bool | None:
-    """Whether the process that made a scratch folder lives; ``None`` if that cannot be told."""
+    """Whether the process that made a scratch folder is alive; ``None`` if that cannot be determined."""
     try:
         with (place / "lock").open("r+b", buffering=0) as stream:
             taken = _flock(stream)
-    except FileNotFoundError:  # it is made while LOCK is held, as it is now: that process died in between
+    except FileNotFoundError:  # it is created while LOCK is held, as it is now, so that process has died
         return False
     except OSError:
         return None
@@ -200,7 +204,7 @@ def _is_old(place: Path) -> bool:
 
 @cache
 def _boot() -> str:
-    """Names the running kernel, which all containers on it share."""
+    """An identifier of the running kernel, which all its containers share."""
     return _short(_text("/proc/sys/kernel/random/boot_id") or os.urandom(8).hex())
 
 
@@ -222,10 +226,13 @@ def _short(text: str) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that is to be at ``path``, in place of one that may be there; it gets there at the end.
+    """Context manager to write a file that replaces ``path`` at the end.
+
+    Yields:
+        The path to write to.
 
     Raises:
-        ArtifactError: It cannot be written, or is a folder.
+        ArtifactError: The file cannot be written, or ``path`` is a folder.
     """
     if path.is_dir():
         raise ArtifactError(
@@ -241,13 +248,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
-    if os.name == "nt":  # has no such thing for folders, nor for files that are open for reading
+    """Flush a file, or the entries of a folder, to disk."""
+    if os.name == "nt":  # does not support this for folders, nor for files opened for reading
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as failure:  # some file systems have none for folders: of a network, of a program
+    except OSError as failure:  # some file systems (network, FUSE) do not support it for folders
         if not path.is_dir() or failure.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
@@ -262,7 +269,11 @@ def stamp(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def rewording_os_errors(place: Path, effect: str) -> Iterator[None]:
-    """What the file system refuses about ``place`` is raised as an :class:`ArtifactError`; other failures pass."""
+    """Context manager that converts an ``OSError`` about ``place`` into an :class:`ArtifactError`.
+
+    Args:
+        effect: The effect, for the message.
+    """
     try:
         yield
     except OSError as failure:
@@ -272,7 +283,7 @@ def rewording_os_errors(place: Path, effect: str) -> Iterator[None]:
 
 
 def concerns(failure: OSError, place: Path) -> bool:
-    """Whether the disk is full, or fails, or what the file system refuses is below ``place``."""
+    """Whether an ``OSError`` means that the disk is full or fails, or names a path in ``place``."""
     if failure.errno in _FULL:
         return True
     names = [os.fsdecode(n) for n in (failure.filename, failure.filename2) if isinstance(n, str | bytes | os.PathLike)]

@@ -1,4 +1,4 @@
-"""A model and its batches, for work without training: moments of what readers read, losses, and undoing changes.
+"""A model and its batches, for compression without training: moments of readers' inputs, losses, and undoing changes.
 
 data = Data.of(batches, loss, holdout=0.25)     # the last quarter of the batches is held out
 calibrated = Calibrated(model, data, reestimate=True)
@@ -44,7 +44,7 @@ LossOf = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to calibrate with, held-out batches to check with, and the loss."""
+    """Batches for calibration, held-out batches for checks, and the loss."""
 
     calibration: Sequence[Any]
     held: Sequence[Any]
@@ -52,10 +52,13 @@ class Data:
 
     @classmethod
     def of(cls, batches: Iterable[Any], loss: LossOf | None, holdout: float) -> Data:
-        """Hold out a share of the batches, the last ones.
+        """Divide batches, and hold out the last ones.
+
+        Args:
+            holdout: Share of the batches to hold out, in [0, 1).
 
         Raises:
-            OptionError: There are too few batches, or there is no loss.
+            OptionError: There are too few batches, ``holdout`` is invalid, or there is no loss.
         """
         listed = list(batches)
         if not callable(loss):
@@ -77,7 +80,10 @@ class Data:
 
 
 def require_one_process(model: nn.Module, taker: str) -> None:
-    """Refuse work that would need sums over several processes.
+    """Check that there is a single process with whole parameters.
+
+    Args:
+        taker: What requires this, for the message.
 
     Raises:
         OptionError: Parameters are sharded, or there are several processes.
@@ -95,18 +101,18 @@ def require_one_process(model: nn.Module, taker: str) -> None:
 
 @dataclass(eq=False)
 class Undo:
-    """Copies of what is written to: of some tensors all, of others the atoms that are zeroed.
+    """Copies of everything that is overwritten: whole tensors, or only the atoms that are zeroed.
 
     Attributes:
         whole: The tensors that were copied as a whole, by name.
-        steps: Each place that was written to, with its former content, in the order of writing.
+        steps: Each place that is written to, with its former values, in the order of writing.
     """
 
     whole: dict[str, Tensor] = field(default_factory=dict)
     steps: list[tuple[Place, Tensor]] = field(default_factory=list)
 
     def remember(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Copy some tensors before they are written to; returns the copies."""
+        """Copy some tensors before they are written to, and return the copies."""
         copies = {name: tensors[name].detach().clone() for name in names}
         for name, copy in copies.items():
             if name not in self.whole:
@@ -123,7 +129,7 @@ class Undo:
                 self.steps.append((place, place.copy()))
 
     def put_back(self) -> None:
-        """Restore everything, the last written first."""
+        """Restore all copies, in reverse order."""
         with torch.no_grad():
             for place, before in reversed(self.steps):
                 place.write_(before)
@@ -135,13 +141,13 @@ class Undo:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor itself, but 8-bit floats as bytes, as torch has few operators for them."""
+    """The tensor itself, or a view as bytes of 8-bit floats, for which torch has few operators."""
     return tensor if computable(tensor) is tensor else tensor.view(torch.uint8)
 
 
 @contextmanager
 def undone() -> Iterator[Undo]:
-    """If anything is raised inside, restore all that was remembered."""
+    """Context manager that restores all copies if an exception is raised."""
     undo = Undo()
     try:
         yield undo
@@ -152,9 +158,11 @@ def undone() -> Iterator[Undo]:
 
 @dataclass(eq=False)
 class Calibrated:
-    """A model that is being compressed, with the batches that it is calibrated and checked with.
+    """A model that is being compressed, with its batches for calibration and checks.
 
     Attributes:
+        model: The model.
+        data: The batches and the loss.
         reestimate: Whether the statistics of batch norms are estimated again.
     """
 
@@ -186,7 +194,7 @@ class Calibrated:
         with preserved(self.model), torch.no_grad():
             losses = [self.data.loss(self.model, batch) for batch in batches]
             for value in losses:
-                if not isinstance(value, int | float):  # without a gradient a number does
+                if not isinstance(value, int | float):  # no gradient is needed, so a number is accepted
                     require_loss(value)
         return sum(map(float, losses)) / len(losses)
 
@@ -199,7 +207,7 @@ class Calibrated:
         return touched(readers) | {*self._norm_buffers}
 
     def saved(self, readers: Sequence[Reader]) -> dict[str, Tensor]:
-        """Copies of the tensors in :meth:`writes`. (Atoms that go are zeroed with or without a fold.)"""
+        """Copies of the tensors in :meth:`writes`. (Removed atoms are zeroed with or without a fold.)"""
         return {name: self.tensors[name].detach().clone() for name in self.writes(readers)}
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
@@ -208,10 +216,10 @@ class Calibrated:
                 self.tensors[name].data.copy_(old)
 
     def settle(self) -> tuple[bool, float | None]:
-        """Estimate batch norms again, unless that makes the held-out loss worse.
+        """Estimate the statistics of batch norms again, unless that increases the held-out loss.
 
         Returns:
-            Whether they were estimated again, and the held-out loss.
+            Whether the new statistics are used, and the held-out loss.
         """
         loss = self.held_loss()
         if not self.reestimate or not self._norms:
@@ -225,7 +233,7 @@ class Calibrated:
         return True, now
 
     def _norms_anew(self) -> dict[str, Tensor]:
-        """Statistics of batch norms, averaged over the batches."""
+        """The statistics of batch norms, averaged over the calibration batches."""
         with preserved(self.model), torch.no_grad():
             for norm in self._norms.values():
                 norm.train()
@@ -237,7 +245,7 @@ class Calibrated:
 
     @cached_property
     def _norms(self) -> dict[str, Norm]:
-        """Batch norms that keep statistics."""
+        """The batch norms with running statistics, by path."""
         modules = self.model.named_modules()
         return {name: m for name, m in modules if isinstance(m, Norm) and m.running_mean is not None}
 
@@ -247,7 +255,7 @@ class Calibrated:
 
 
 def worse(loss: float | None, than: float | None) -> bool:
-    """Whether a loss is not lower than another. NaN counts as worse; a loss that was not measured does not."""
+    """Whether a loss is not lower than another, or is NaN; ``False`` if one of them was not measured."""
     if loss is None or than is None:
         return False
     return not loss < than

@@ -4,8 +4,8 @@ Exit codes:
 
 * 0: done.
 * 1: refused or impossible; the message says why and what to do.
-* 2: the command line is wrong: an option, or a model, an input or a checkpoint that cannot be had.
-* 3: ``oto verify`` found an artifact damaged, or computing something else.
+* 2: the command line is wrong: an option is invalid, or a model, an input or a checkpoint is not available.
+* 3: ``oto verify`` found that an artifact is damaged, or computes something else.
 
 A user's mistake is reported without a traceback. Results go to standard output, warnings and errors to standard error;
 with ``--json`` each of them is one JSON object on a line.
@@ -67,7 +67,7 @@ from oto.trace.outputs import tensors_in
 
 app = typer.Typer(
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # what is not caught below is our mistake, and shown in full
+    pretty_exceptions_enable=False,  # exceptions that are not caught below are bugs, and shown in full
     rich_markup_mode="markdown",
     help="Structured pruning that is proved: see what a model could lose, make it slim, check and time it.",
     epilog="Exit codes: 0 done; 1 refused, the message says why; 2 the command line is wrong; 3 verify found a fault.",
@@ -78,7 +78,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def command(f: Command) -> Command:
-    """Make a command from a function: errors and warnings become messages, errors also exit codes."""
+    """Register a function as a command: errors and warnings are printed as messages, errors also set exit codes."""
 
     @functools.wraps(f)
     def run(*args: Any, **options: Any) -> None:
@@ -101,7 +101,7 @@ def command(f: Command) -> Command:
 
 
 class _Command(TyperCommand):
-    """A command that takes former names of options, and warns of them."""
+    """A command that accepts former names of options, with a warning."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for former in FORMER.keys() & set(args):
@@ -241,7 +241,11 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
 
 def _number(option: str, text: str | None) -> int | float | None:
-    """``0.5`` is a share, ``500000`` a number."""
+    """The number in an option: ``0.5`` (a share) as a float, ``500000`` as an int.
+
+    Raises:
+        GivenError: It is not a number.
+    """
     if text is None:
         return None
     try:
@@ -251,7 +255,11 @@ def _number(option: str, text: str | None) -> int | float | None:
 
 
 def _align(given: list[str] | None) -> int | str | dict[str, int] | None:
-    """``32``, ``gguf``, or any number of ``GLOB=32``."""
+    """The value of ``--align``: ``32``, ``gguf``, or any number of ``GLOB=32``.
+
+    Raises:
+        GivenError: It has none of these forms.
+    """
     if not given:
         return None
     named = [one.rpartition("=") for one in given]
@@ -282,7 +290,7 @@ def _analyzed(
 
 
 def _model(name: str, checkpoint: Path | None, key: str | None, pretrained: bool) -> nn.Module:
-    torch.manual_seed(0)  # so that two calls agree for a model with random weights
+    torch.manual_seed(0)  # so that two commands use the same random weights
     model = named_model(name, pretrained)
     if checkpoint is not None:
         load_weights(model, checkpoint, key)
@@ -311,7 +319,11 @@ def _analysis(
 
 
 def _shares(given: list[str] | None) -> dict[str, int | float] | None:
-    """The mapping of several ``layer3.*=0.4``."""
+    """The mapping that several options ``layer3.*=0.4`` define; ``None`` if there are none.
+
+    Raises:
+        GivenError: An option has another form.
+    """
     found: dict[str, int | float] = {}
     for text in given or ():
         name, _, number = text.rpartition("=")
@@ -332,7 +344,7 @@ def _targets(
     group_sparsity: float | None,
     kept: list[str] | None,
 ) -> dict[str, Any]:
-    """What the command line says of each target, by the library's keywords; ``None`` where it says nothing."""
+    """The targets on the command line, by the library's keywords; ``None`` for those that are not given."""
     return {
         "target_macs": _number("--target-macs", macs),
         "target_params": _number("--target-params", params),
@@ -344,10 +356,10 @@ def _targets(
 
 
 def _target(targets: Mapping[str, Any]) -> dict[str, Any]:
-    """The one target that is given.
+    """The only target that is given.
 
     Raises:
-        GivenError: There is none, or there are several.
+        GivenError: No target, or more than one, is given.
     """
     asked = {name: value for name, value in targets.items() if value is not None}
     if len(asked) != 1:
@@ -515,7 +527,7 @@ def slim(
 
 
 def _folder(model: str) -> str | None:
-    """The folder of ``hf:folder``."""
+    """The folder in ``hf:folder``; ``None`` for other models."""
     return model.removeprefix("hf:") if model.startswith("hf:") else None
 
 
@@ -529,7 +541,7 @@ def _calibrating(file: Path | None) -> Path:
 
 
 def _refuse_without_one_shot(checkpoint: Path | None, **options: Any) -> None:
-    """Refuse what says how to compress, where nothing is to be compressed."""
+    """Raise ``GivenError`` for options of ``--one-shot`` without it, or without a checkpoint."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if given:
         raise GivenError(
@@ -616,7 +628,7 @@ def _family(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _fields(kind: Any, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that this version knows."""
+    """The entries of a manifest that are fields of a dataclass."""
     return {field.name: entries[field.name] for field in dataclasses.fields(kind)}
 
 
@@ -712,7 +724,7 @@ def _load_full(full: nn.Module, found: Artifact) -> None:
 def _loaded(
     found: Artifact, model: str | None, inputs: list[str] | None, input_fn: str | None, member: str
 ) -> tuple[nn.Module | None, nn.Module, Any]:
-    """The full model, if one is named, the slim one (of a family, a member), and an input for them."""
+    """The full model if one is named, the slim model (of a family, a member), and an input for both."""
     full = None if model is None else named_model(model)
     if full is None and PROGRAM not in found.manifest["files"] and found.manifest["emitter"] in OF_THE_CLASS:
         raise GivenError(

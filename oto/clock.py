@@ -1,4 +1,4 @@
-"""The one clock. Whatever is measured is read here, so that a test can put a clock of its own in its place."""
+"""The clock for all measurements of time, in one place so that tests can replace it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def now() -> float:
-    """Seconds since some moment; only differences mean anything."""
+    """The time in seconds since an undefined moment; only differences are meaningful."""
     return time.perf_counter()
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of an accelerator; the CPU has done it already."""
+    """Wait until an accelerator has finished its queued work; does nothing on the CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

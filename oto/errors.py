@@ -1,6 +1,6 @@
-"""Errors a user can put right: where, what, consequence, remedy.
+"""Errors that a user can fix. Each message states the place, the problem, the effect and the remedy.
 
-Each class has one cause. Internal mistakes stay ``AssertionError``.
+Each class has one cause. Bugs of the library raise ``AssertionError``.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ FORMER = {
     "ArtefactVersionError": "ArtifactVersionError",
     "DamagedArtefactError": "DamagedArtifactError",
 }
-"""Names that were changed (:mod:`oto.renamed`)."""
+"""Former names of classes in this module (:mod:`oto.renamed`)."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in FORMER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from oto.renamed import warn_of_former_name  # it reads this file
+    from oto.renamed import warn_of_former_name  # that module imports this one
 
     warn_of_former_name(name, FORMER[name])
     return globals()[FORMER[name]]
 
 
 class OTOError(Exception):
-    """Base of every error that ``oto`` raises on purpose."""
+    """Base class of every error that ``oto`` raises on purpose."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(printable(a) if isinstance(a, str) else a for a in args))  # names may come from a file
 
 
 class TraceError(OTOError):
-    """The model could not be run on the example input, so there is no graph to analyze."""
+    """The model could not be run or traced on the example input, so there is no graph to analyze."""
 
 
 class DummyInputError(TraceError, TypeError):
-    """The example input is not a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+    """The example input is empty, or not a tensor, a tuple of positional arguments or a dict of keyword arguments."""
 
 
 class UnknownParameterError(OTOError, KeyError):
-    """A name or pattern matches no parameter of the model."""
+    """A name or pattern matches no parameter of the model, or a parameter has no name or another shape."""
 
     def __str__(self) -> str:  # KeyError would show the repr, with escaped newlines
         return str(self.args[0]) if self.args else ""
 
 
 class UnknownNodeError(OTOError, KeyError):
-    """An id or the name of an operator matches no node of the graph."""
+    """An id or name matches no node, operator or output of the graph."""
 
     __str__ = UnknownParameterError.__str__
 
@@ -65,34 +65,34 @@ class MissingExtraError(OTOError, ImportError):
 
 
 class GivenError(OTOError, ValueError):
-    """A model, an input or a checkpoint that a command line names cannot be had."""
+    """A model, an input or a checkpoint named on a command line is not available or invalid."""
 
 
 class NothingPrunableError(OTOError):
     """No node group of the model may lose an entry."""
 
     explanation: object = None
-    """What ``oto.explain(search=True)`` would have said, where the analysis found that nothing may go: print it."""
+    """The result of ``oto.explain(search=True)``, if the analysis found that nothing can be removed; can be printed."""
 
 
 class TargetError(OTOError, ValueError):
-    """The asked sparsity or schedule cannot be reached."""
+    """A target or schedule is invalid, or cannot be reached."""
 
 
 class OptionError(OTOError, TypeError):
-    """An option, of ``OTO`` or of an optimizer, is missing, unknown, means nothing, or belongs to something else."""
+    """An option or argument is missing, unknown, invalid, or has no effect."""
 
 
 class TooLateError(OTOError):
-    """Something was marked or frozen after the choice that it should have influenced was made."""
+    """Groups were marked after the optimizer was made, or parameters frozen after ``OTO`` was made."""
 
 
 class ShrinkError(OTOError):
-    """A model cannot get smaller in the middle of training; nothing was changed."""
+    """A model cannot be made smaller during training, or a member of a family cannot be made; nothing was changed."""
 
 
 class NoGradientError(OTOError, ValueError):
-    """No gradient says which zero-invariant groups matter, and the criterion needs one."""
+    """There are no gradients to score zero-invariant groups by, and the criterion needs them."""
 
 
 class ModelChangedError(OTOError):
@@ -100,15 +100,15 @@ class ModelChangedError(OTOError):
 
 
 class StaleWrapperError(OTOError, RuntimeError):
-    """A wrapper that holds the parameters of before ``shrink`` was called to train."""
+    """A wrapper that still holds parameters from before ``shrink`` was called in training."""
 
 
 class SetupError(OTOError, ValueError):
-    """A checkpoint was made with another schedule or target, and its pruning has begun."""
+    """A state dict belongs to another optimizer, or to another schedule or target under which pruning has begun."""
 
 
 class NonFiniteParameterError(OTOError, ValueError):
-    """A parameter holds NaN or infinity, so no zero can be trusted."""
+    """A parameter, gradient, score or loss is NaN or infinite."""
 
 
 class EmitterError(OTOError):
@@ -120,11 +120,11 @@ class GraphInputError(OTOError, TypeError):
 
 
 class UnseenPathError(OTOError, RuntimeError):
-    """An overridden forward takes a different path than the one that its overrides are for."""
+    """An overridden forward takes another path than the one for which its overrides were made."""
 
 
 class TrainModeError(OTOError):
-    """A slim model was put into train mode, where it is not known to compute what the full one does."""
+    """A slim model was put into train mode, in which it is not proved equal to the full one."""
 
 
 class GraphModeError(TrainModeError):
@@ -132,9 +132,10 @@ class GraphModeError(TrainModeError):
 
 
 class ScriptError(OTOError, AttributeError):
-    """``torch.jit.script`` was asked for what it cannot compile; ``torch.jit.trace`` takes it.
+    """``torch.jit.script`` was called with a module that it cannot compile; ``torch.jit.trace`` can.
 
-    An ``AttributeError``, for it asks a forward for what functions have, and whoever else does may go on without.
+    It is an ``AttributeError``, since scripting reads attributes of functions that such a forward does not have, and
+    other code that reads them can continue without.
     """
 
     def __init__(self, what: str) -> None:
@@ -147,27 +148,28 @@ class ScriptError(OTOError, AttributeError):
 
 
 class VerificationError(OTOError):
-    """The slim model does not compute what the zeroed model computes, or nothing shows that. Nothing was written."""
+    """The slim model does not compute the same as the zeroed full model, or this cannot be shown. Nothing was
+    written."""
 
 
 class ArtifactError(OTOError):
-    """The saved artifact cannot be written or read."""
+    """An artifact cannot be written or read."""
 
 
 class DamagedArtifactError(ArtifactError):
-    """A file of the artifact is missing, cut short or does not match its hash."""
+    """A file of an artifact is missing, truncated or does not match its hash."""
 
 
 class ArtifactVersionError(ArtifactError):
-    """The artifact was written by an unknown version of the format."""
+    """An artifact was written in an unknown version of the format."""
 
 
 class ClassChangedError(ArtifactError):
-    """The class given to ``load_subnet`` is not the one that was saved."""
+    """The class given to ``load_subnet`` differs from the one that was saved."""
 
 
 class OtherNumbersWarning(UserWarning):
-    """The model given to ``load_subnet`` holds other numbers than the one that was saved, and may compute others."""
+    """The model given to ``load_subnet`` has other numbers in attributes than the saved one, and may differ from it."""
 
 
 class DuplicateRuleError(OTOError):
@@ -175,11 +177,11 @@ class DuplicateRuleError(OTOError):
 
 
 class DummyInputWarning(UserWarning):
-    """The example input holds NaN, so what a model computes of it may be compared with nothing."""
+    """The example input holds NaN, so outputs on it may not be comparable."""
 
 
 class NoGraphvizWarning(UserWarning):
-    """Graphviz is not installed, so a drawing was written as DOT only."""
+    """Graphviz is not installed, so a drawing was only written as DOT."""
 
 
 class CollapseWarning(UserWarning):
@@ -187,35 +189,35 @@ class CollapseWarning(UserWarning):
 
 
 class SetupWarning(UserWarning):
-    """A checkpoint was made with another schedule or target; its pruning had not begun."""
+    """A checkpoint was saved with another schedule or target before pruning began, or with another ``align``."""
 
 
 class NoGradientWarning(UserWarning):
-    """Some node groups are chosen from although no gradient reaches them."""
+    """Node groups are chosen from although no gradient reaches them, or no parameter has a gradient."""
 
 
 class UntrainedWarning(UserWarning):
-    """Parameters of the model are trained by no step of its optimizer, or an optimizer's state is in no checkpoint."""
+    """Parameters of the model are not trained by its optimizer, or an optimizer's state is not in checkpoints."""
 
 
 class UnstatedWarning(UserWarning):
-    """No config states the sizes of a slim model, though a layout asks for it, or a checkpoint is written without."""
+    """No config states the sizes of a slim model, though a layout requires it, or a checkpoint is saved without one."""
 
 
 class NotPrunedWarning(UserWarning):
-    """Less is pruned than could be or was asked for; the message says why."""
+    """Less is pruned than could be or was requested; the message says why."""
 
 
 class NotItsClassWarning(UserWarning):
-    """A slim model is a graph although the class was asked what it can do without; the message says why."""
+    """A slim model is a graph although its class was searched for what it needs; the message says why."""
 
 
 class CopiedWarning(UserWarning):
-    """A member of a family, or some of its weights, is a copy, since no view of the full weights can express it."""
+    """A member of a family, or some of its weights, is a copy, since it cannot be a view of the full weights."""
 
 
 class LeftBehindWarning(UserWarning):
-    """Tensors that were made to analyze a model are still somewhere where the next forward may meet them."""
+    """Tensors that were made to analyze a model are still in places where the next forward may use them."""
 
 
 class UnknownOpWarning(UserWarning):
@@ -223,7 +225,7 @@ class UnknownOpWarning(UserWarning):
 
 
 def printable(text: str) -> str:
-    """A text without characters that a terminal obeys or cannot show: they are spelled out, and only lines stay.
+    """A text in which all characters except newlines that are not printable are escaped, such as terminal controls.
 
     >>> printable("a" + chr(27) + "[2Jb")
     'a\\\\x1b[2Jb'
@@ -234,18 +236,18 @@ def printable(text: str) -> str:
 
 
 def out_of_memory(failure: BaseException) -> bool:
-    """Whether memory ran out, which must never be hidden: trying the same differently would not help."""
+    """Whether memory ran out. Such a failure must not be caught, since trying something else would not help."""
     return isinstance(failure, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(failure)
 
 
 def reraise_out_of_memory(failure: Exception) -> None:
-    """Raise it once more where memory ran out: what tries something else on any other failure does not swallow that."""
+    """Raise the exception again if memory ran out; to be called by code that catches all others."""
     if out_of_memory(failure):
         raise failure
 
 
 def first_line(failure: BaseException, limit: int = 300) -> str:
-    """The kind of an exception and the first line that it says, cut."""
+    """The class name of an exception and the first line of its message, truncated to ``limit`` characters."""
     line = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
     return f"{type(failure).__name__}: {line[:limit]}{' …' * (len(line) > limit)}" if line else type(failure).__name__
 
@@ -253,7 +255,7 @@ def first_line(failure: BaseException, limit: int = 300) -> str:
 def users_level() -> int:
     """The ``stacklevel`` with which a warning of the caller points at the user's line.
 
-    ``step`` is called through torch's hooks, and through a learning-rate scheduler's, so it is no fixed number.
+    It is not constant: ``step`` is called through hooks of torch and of learning-rate schedulers, for example.
     """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("oto", "torch"):
@@ -262,10 +264,10 @@ def users_level() -> int:
 
 
 def require_flags(**flags: Any) -> None:
-    """Refuse options that are neither true nor false, such as ``"no"``, which Python takes for true.
+    """Check that options are booleans, and not values such as ``"no"``, which Python treats as true.
 
     Raises:
-        OptionError: The first of them, by its name.
+        OptionError: An option is neither a boolean, 0, 1 nor ``None``; the message names the first one.
     """
     for name, value in flags.items():
         if not (value is None or isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))):
@@ -286,7 +288,13 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 @contextmanager
 def rewording(model: object, error: type[OTOError], stage: str, proved: str = "") -> Iterator[None]:
-    """Whatever a model's code raises inside comes as one of ours, with the stage; memory that ran out does not."""
+    """Context manager that converts exceptions of a model's code, except for lack of memory.
+
+    Args:
+        error: The class to raise instead. Errors of ``oto`` are not converted.
+        stage: What was being done, for the message.
+        proved: What was finished before, for the message.
+    """
     try:
         yield
     except Exception as failure:

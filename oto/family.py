@@ -1,8 +1,8 @@
-"""A family from one run: ``oto.family(targets=[.75, .5, .25], ...)`` -> several slim models that share their weights.
+"""Train a family: ``oto.family(targets=[.75, .5, .25], ...)`` -> several slim models that share their weights.
 
-The full network trains alone until the ranking of its atoms is frozen. From then on members of several sizes, each
+The full network is trained alone until the ranking of its atoms is frozen. From then on, members of several sizes, each
 nested in the next larger one, are trained with it on every batch (:mod:`oto.sandwich`). :mod:`oto.optim.nested` chooses
-what each of them keeps, and :mod:`oto.slim.member` runs them.
+the atoms of each member, and :mod:`oto.slim.member` runs members.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KEEP_WHOLE = (
     "train the family with whole parameters in each process: call oto.family(...) on the plain model after"
     " init_process_group, and let family.step average the gradients"
 )
-"""For the message of :func:`oto.shards.refuse_sharded`: what needs whole parameters, and what to do."""
+"""Parts of the message of :func:`oto.shards.refuse_sharded`: what needs whole parameters, and the remedy."""
 
 
 class FamilyTraining:
@@ -91,7 +91,7 @@ class FamilyTraining:
         return f"Family({type(self.model).__name__}) at step {self.optimizer.clock:,}\n{self.plan()}"
 
     def plan(self) -> str:
-        """What happens at which steps; to be printed."""
+        """A printable text: the targets, and what happens at which step."""
         ramp, networks = self._sandwich.ramp, self._sandwich.networks
         count = min(networks, len(self.optimizer.nested.choices) + 1)
         return f"{self.optimizer.plan()}\n{count} networks a step; what members count rises over {ramp} steps"
@@ -192,7 +192,7 @@ class FamilyTraining:
             share_from_first_([*self.model.buffers(), *(buffer for one in held for buffer in one.values())])
 
     def _settled(self) -> list[FamilyMember]:
-        """The members that are trained, made when the ranking is frozen; before that there are none."""
+        """The trained members, made once the ranking is frozen; empty before."""
         levels, device = self.optimizer.levels, next(self.model.parameters()).device
         if levels is None:
             return []
@@ -249,7 +249,11 @@ class Family(FamilyTraining):
     """
 
     def evaluate(self, score: Callable[[nn.Module], float]) -> list[FamilyMember]:
-        """The members with their scores; to be printed. ``score`` is a function of a network in eval mode."""
+        """The members with their scores; they can be printed.
+
+        Args:
+            score: A function of a network in eval mode that returns its score.
+        """
         return [replace(one, score=float(self.run(i, score))) for i, one in enumerate(self.members)]
 
     def report(
@@ -287,7 +291,7 @@ class Family(FamilyTraining):
                 them it takes the statistics of the next larger member, and a note says so.
 
         Returns:
-            The member, to be printed. It belongs to the family from now on.
+            The member, which can be printed. It belongs to the family from now on.
 
         Raises:
             OptionError, TargetError: The ranking is not frozen; the target cannot be reached, or a member has it.
@@ -336,7 +340,7 @@ class Family(FamilyTraining):
 
         Raises:
             OptionError: The ranking is not frozen.
-            VerificationError: A member computes something else. Nothing was written.
+            VerificationError: A member computes something else than the masked full model. Nothing was written.
             ArtifactError: The folder cannot be written.
         """
         build = Build.of(None, emitter, None, False, float64, verify)

@@ -1,21 +1,21 @@
-"""Models, inputs and checkpoints as a command line names them.
+"""Make models and inputs, and read checkpoints, that are named on a command line.
 
 | a model                      | is                                                                                    |
 |------------------------------|---------------------------------------------------------------------------------------|
 | ``torchvision:NAME``         | ``torchvision.models.get_model(NAME)``                                                |
 | ``timm:NAME``                | ``timm.create_model(NAME)``                                                           |
-| ``hf:PATH``                  | a folder, or a name on the Hub, that transformers reads; of the class that it names   |
-| ``package.module:NAME``      | a module, or a function or class that makes one; the working folder may be imported   |
+| ``hf:PATH``                  | a folder or a name on the Hub, for transformers; the config names the class           |
+| ``package.module:NAME``      | a module, or a function or class that makes one; it may be in the working folder      |
 
 | an input                     | is                                                                                    |
 |------------------------------|---------------------------------------------------------------------------------------|
 | ``1x3x224x224``              | random floats of that shape                                                           |
-| ``1x128:int64``              | random zeros and ones; of another dtype                                               |
-| ``1x128:int64:30522``        | whole numbers from 0, below 30522                                                     |
-| ``mask=1x128:bool``          | the argument ``mask`` of ``forward``; booleans are true                               |
+| ``1x128:int64``              | another dtype; for integers, random zeros and ones                                    |
+| ``1x128:int64:30522``        | random integers from 0 to 30521                                                       |
+| ``mask=1x128:bool``          | the argument ``mask`` of ``forward``; booleans are all true                           |
 
-Nothing is unpickled that could run code: checkpoints are read with ``weights_only=True``, and code from a model's
-folder is never run.
+Files are read without unpickling objects that could run code: checkpoints with ``weights_only=True``, and code from a
+model's folder is never run.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ HOW_TO_NAME = "torchvision:NAME, timm:NAME, hf:PATH, or package.module:function"
 
 
 def named_model(name: str, pretrained: bool = False) -> nn.Module:
-    """The model that a name stands for, in eval mode.
+    """Make the model of a name, in eval mode.
 
     Args:
-        pretrained: With the weights that the library offers. A model from ``hf:`` has those of its folder anyway.
+        name: See the table above.
+        pretrained: Use the library's pretrained weights. A model from ``hf:`` has those of its folder anyway.
 
     Raises:
         GivenError: There is no such model, or making it fails.
@@ -68,7 +69,7 @@ def _torchvision(name: str, pretrained: bool) -> Any:
     weights: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
     models = _library("torchvision").models
     if not pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        weights["weights_backbone"] = None  # or it is downloaded
+        weights["weights_backbone"] = None  # otherwise it would be downloaded
     return models.get_model(name, **weights)
 
 
@@ -104,10 +105,14 @@ def _library(name: str) -> Any:
 
 
 def imported(module: str, name: str) -> Any:
-    """Something of a module, which may lie in the working folder.
+    """Import an object from a module, which may be in the working folder.
+
+    Args:
+        module: The name of the module.
+        name: The name of the object, with dots for attributes of attributes.
 
     Raises:
-        GivenError: There is no such module, or nothing of that name in it.
+        GivenError: There is no such module, or it has no such object.
     """
     here = str(Path.cwd())
     if here not in sys.path:
@@ -116,7 +121,7 @@ def imported(module: str, name: str) -> Any:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as failure:
         if failure.name is None or not f"{module}.".startswith(f"{failure.name}."):
-            raise  # something that the module itself needs
+            raise  # a module that this one imports is missing
         raise GivenError(
             f"no module is called {module}\n"
             f"  to fix  check the spelling, or call oto where {module.replace('.', '/')}.py lies (now: {here})"
@@ -131,7 +136,7 @@ def imported(module: str, name: str) -> Any:
 
 @contextmanager
 def _reworded(what: str) -> Iterator[None]:
-    """Reports any failure in code that is not ours in one line, with its place."""
+    """Context manager that converts failures in the user's code into one-line errors with their location."""
     try:
         yield
     except Exception as failure:
@@ -143,18 +148,18 @@ def _reworded(what: str) -> Iterator[None]:
 
 
 def named_input(specs: Sequence[str], function: str | None = None, model: nn.Module | None = None) -> Any:
-    """The example input that a command line asks for.
+    """Make the example input that is named on a command line.
 
     Args:
-        specs: As in the table above; several are positional arguments, named ones keyword arguments.
-        function: ``package.module:name`` of a function that returns the input, instead.
-        model: Asked for an input of its own where neither says anything.
+        specs: See the table above; several are positional arguments, named ones keyword arguments.
+        function: Instead, ``package.module:name`` of a function that returns the input.
+        model: If neither is given, the model whose own example is used.
 
     Returns:
         A tensor, a tuple or a dict.
 
     Raises:
-        GivenError: Neither is given and the model has none; or one cannot be read.
+        GivenError: Neither is given and the model has no example, both are given, or one is invalid.
     """
     if function is not None:
         if specs:
@@ -181,7 +186,11 @@ def named_input(specs: Sequence[str], function: str | None = None, model: nn.Mod
 
 
 def _own_input(model: nn.Module | None) -> Any:
-    """What the model itself knows of its input, as models of large libraries do."""
+    """An example input from attributes of the model, such as ``dummy_inputs`` of transformers.
+
+    Raises:
+        GivenError: The model has none.
+    """
     held = getattr(model, "dummy_inputs", None)
     if isinstance(held, dict) and held:
         return held
@@ -214,15 +223,16 @@ def _tensor(spec: str, generator: torch.Generator) -> Tensor:
 
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What wrappers put before the names of a state dict."""
+"""Prefixes that wrappers add to the names in a state dict."""
 
 
 def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> None:
     """Load a checkpoint into a model.
 
     Args:
-        path: safetensors, or what ``torch.save`` wrote; read with ``weights_only=True``.
-        key: Where in the file the state dict is, if not at the top, under ``state_dict`` or under ``model``.
+        path: A file of safetensors or of ``torch.save``, which is read with ``weights_only=True``; or a folder.
+        key: The key of the state dict in the file; by default ``state_dict``, ``model_state_dict``, ``model``, or the
+            top level.
 
     Raises:
         GivenError: The file cannot be read, holds no state dict, or does not fit the model.
@@ -238,7 +248,7 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
     except RuntimeError as failure:
         lines = [line.strip() for line in str(failure).splitlines()[1:4]]
         raise GivenError(f"{path} does not fit {type(model).__name__}:\n  " + "\n  ".join(lines)) from failure
-    # transformers and torch leave out tied tensors and buffers that are made anew; what they tie is there after all
+    # transformers and torch do not save all names of tied tensors; those that share memory with loaded ones are loaded
     missing = [n for n in found.missing_keys if n not in _tied(model, tensors)]
     if missing or found.unexpected_keys:
         what = [f"lacks {some(missing)}"] * bool(missing)
@@ -250,14 +260,14 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
 
 
 LARGE = 1 << 18
-"""Entries from which on a parameter takes the memory of a checkpoint in place of a copy."""
+"""Minimum number of entries for which a parameter uses the memory of a checkpoint instead of a copy."""
 
 
 def _in_their_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint to load, of which large ones are in the model's parameters already.
+    """Make large parameters of the model use the memory of a checkpoint's tensors, and return the tensors to load.
 
-    A file of safetensors is mapped into memory: a copy of what it holds would be beside it, and the model in memory
-    twice. Nothing is ever written to the file.
+    A file of safetensors is mapped into memory; with a copy of its tensors, the model would be in memory twice. The
+    file is never written to.
     """
     made, done, places = dict(tensors), set[int](), set[int]()
     for name, held in model.state_dict(keep_vars=True).items():
@@ -266,7 +276,7 @@ def _in_their_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
             continue
         alike = own.shape == held.shape and own.dtype == held.dtype and own.device == held.device
         alike = alike and own.layout == held.layout == torch.strided and own.is_contiguous() and held.is_contiguous()
-        if alike and id(held) not in done and own.data_ptr() not in places:  # what is tied there may not be here
+        if alike and id(held) not in done and own.data_ptr() not in places:  # tensors tied in the file may not be here
             done.add(id(held))
             places.add(own.data_ptr())
             held.data = own.detach()
@@ -282,14 +292,14 @@ def _tied(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 CHECKPOINTS = ("model.safetensors", "pytorch_model.bin", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
-"""What a trainer calls the weights in the folder of a checkpoint, the surest first."""
+"""Names of files with weights in the folder of a checkpoint, the most specific first."""
 
 
 def _file_of(path: Path) -> Path:
-    """The weights in the folder of a checkpoint; a file is itself.
+    """The file with the weights in the folder of a checkpoint; a path to a file is returned as it is.
 
     Raises:
-        GivenError: There are none, or several files that could be.
+        GivenError: There is none, or there are several candidates.
     """
     if not path.is_dir():
         return path
@@ -307,14 +317,14 @@ def _file_of(path: Path) -> Path:
 
 
 INDEX = "model.safetensors.index.json"
-"""What transformers and huggingface_hub call the list of the shards of one model."""
+"""The name of the index of a model's shards, as written by transformers and huggingface_hub."""
 
 
 def _shards_in(path: Path) -> list[Path]:
-    """The files of a folder that hold one model between them, by its index; none if it has no index.
+    """The shards of a model in a folder, by its index; empty if there is no index.
 
     Raises:
-        GivenError: The index cannot be read, or a file that it names is not there.
+        GivenError: The index cannot be read, or a file that it names is missing.
     """
     if not (path / INDEX).is_file():
         return []
@@ -335,7 +345,7 @@ def _shards_in(path: Path) -> list[Path]:
 
 
 def _why(failure: Exception) -> str:
-    """What stands in a file besides tensors, where torch says that; its advice to read the file anyway is left out."""
+    """Why a file could not be read, in one line, without torch's advice to set ``weights_only=False``."""
     found = re.search(r"(?:GLOBAL|global:?|class:?) `?((?:\w+\.)+\w+)`?", str(failure))
     if "weights_only" not in str(failure):
         return first_line(failure)

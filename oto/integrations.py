@@ -1,4 +1,4 @@
-"""``optimizer.progress`` where training is logged, and training after pruning in loops of others, in one line each.
+"""Log the progress of pruning, and train after pruning, with the training loops of other libraries.
 
     from oto.integrations import distill, early_stopping, log_progress, mix, progress_dict, train_family
 
@@ -11,7 +11,7 @@
     mix(trainer, replay(new, old))                                            # Hugging Face or lightning
     train_family(trainer, family)                                             # Hugging Face
 
-Nothing of these libraries is imported here before it is used.
+These libraries are not imported before they are used.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def progress_dict(optimizer: Any, prefix: str = "oto/") -> dict[str, float]:
     """The progress of pruning as plain numbers.
 
     Args:
-        optimizer: A sparse optimizer, or what wraps one and has it as ``.optimizer``.
+        optimizer: A sparse optimizer, or a wrapper that has one as ``.optimizer``.
+        prefix: A prefix of all keys.
 
     Returns:
-        ``sparsity`` (share of zero-invariant groups at zero for good), ``redundant`` (how many are on their way),
-        ``done`` (share of the pruning steps), ``cost`` and ``goal`` (in the unit of the target).
+        ``sparsity`` (share of pruned zero-invariant groups), ``redundant`` (number of redundant ones), ``done`` (share
+        of the pruning steps), ``cost`` and ``goal`` (in the unit of the target).
 
     Raises:
-        OptionError: There is no sparse optimizer in it.
+        OptionError: There is no sparse optimizer.
     """
     p = _unwrapped(optimizer).progress
     found = {"sparsity": p.sparsity, "redundant": p.redundant, "done": p.done, "cost": p.cost, "goal": p.goal}
@@ -62,14 +63,14 @@ def _unwrapped(optimizer: Any) -> SparseOptimizer:
 
 
 def log_progress(trainer: Any) -> None:
-    """Let a ``transformers.Trainer`` log the progress of pruning with whatever else it logs.
+    """Make a ``transformers.Trainer`` log the progress of pruning with its other logs.
 
-    It comes before all other callbacks, so every reporter (TensorBoard, W&B, the progress bar) sees it, and so does
-    ``trainer.state.log_history``. The losses and metrics go into ``optimizer.history``, for the report.
+    This is done before all other callbacks, so every reporter (TensorBoard, W&B, the progress bar) gets it, and so does
+    ``trainer.state.log_history``. Losses and metrics are added to ``optimizer.history``, for the report.
 
     Raises:
         MissingExtraError: transformers is not installed.
-        OptionError: The trainer is of another kind.
+        OptionError: The trainer is not a ``transformers.Trainer``.
     """
     if not hasattr(trainer, "callback_handler"):
         raise OptionError(
@@ -95,7 +96,7 @@ def log_progress(trainer: Any) -> None:
 
 
 def _is_metric(key: str) -> bool:
-    """Of what a Trainer logs: its loss, and what evaluation found, but not how fast.
+    """Whether a key in a Trainer's log is the loss or a metric of the evaluation, and not a runtime.
 
     >>> list(filter(_is_metric, ["loss", "epoch", "eval_loss", "eval_f1", "eval_runtime", "eval_steps_per_second"]))
     ['loss', 'eval_loss', 'eval_f1']
@@ -106,24 +107,25 @@ def _is_metric(key: str) -> bool:
 def early_stopping(
     trainer: Any, patience: int = 1, threshold: float = 0.0, *, monitor: str | None = None, mode: str = "min"
 ) -> Any:
-    """Stop when a metric gets no better, and count from the step on which pruning is over.
+    """Stop training when a metric no longer improves, counted from the end of pruning.
 
-    While groups go to zero a metric may get worse for a while, and the best model is a full one: of before. So neither
-    patience nor the best model of before counts, which ``load_best_model_at_end`` or a ``ModelCheckpoint`` would bring
-    back without a zero in it. Checkpoints are written as ever.
+    While groups are driven to zero, a metric may get worse for a while, and the best model is one from before pruning,
+    which ``load_best_model_at_end`` or a ``ModelCheckpoint`` would restore without any zeros. So until pruning ends,
+    patience is not counted, and the best model is reset. Checkpoints are written as usual.
 
     Args:
-        trainer: A ``transformers.Trainer``, which evaluates what its arguments say (``eval_strategy``,
-            ``metric_for_best_model``, ``greater_is_better``); or one of lightning. Before it trains.
-        patience: After so many evaluations without a better one it stops.
-        threshold: By how much a better one has to be better.
+        trainer: A ``transformers.Trainer`` whose arguments define the evaluation (``eval_strategy``,
+            ``metric_for_best_model``, ``greater_is_better``), or a ``Trainer`` of lightning; before it trains.
+        patience: Number of evaluations without improvement after which training stops.
+        threshold: The minimum difference that counts as an improvement.
         monitor, mode: The logged metric, and ``"min"`` or ``"max"``; for lightning only.
 
     Returns:
-        The callback, which the trainer has.
+        The callback, which was added to the trainer.
 
     Raises:
-        OptionError: The trainer is of another kind, evaluates nothing, or stops early by another callback already.
+        OptionError: An argument is invalid; or the trainer is of another library, evaluates nothing, or has another
+            callback for early stopping.
     """
     if patience < 1:
         raise OptionError(f"patience is {patience}; it is a number of evaluations, at least 1")
@@ -139,7 +141,7 @@ def early_stopping(
 
 
 def _pruning(*optimizers: Any) -> bool:
-    """Whether groups still go to zero; other optimizers may be beside the sparse one."""
+    """Whether pruning is still to come or under way; there may be other optimizers besides the sparse one."""
     sparse = [found for one in optimizers if (found := _sparse_in(one)) is not None] or [_unwrapped(optimizers[0])]
     return any(one.choice.target.wants_less and one.clock < one.schedule.end for one in sparse)
 
@@ -152,10 +154,10 @@ def _sparse_in(optimizer: Any) -> SparseOptimizer | None:
 
 
 def _warn_if_short(optimizer: Any, steps: float) -> None:
-    """Warn where training ends before pruning does.
+    """Warn if training ends before pruning does.
 
     Args:
-        steps: How many more steps the optimizer takes.
+        steps: Number of steps that the optimizer will still take.
     """
     sparse = _sparse_in(optimizer)
     if sparse is None or not sparse.choice.target.wants_less:
@@ -200,10 +202,10 @@ def _stop_trainer(trainer: Any, patience: int, threshold: float, monitor: str | 
             if _pruning(optimizer):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
-        on_save = on_step_begin  # or the last one from before would be brought back, if there is none after it
+        on_save = on_step_begin  # otherwise a checkpoint from before would be restored if there is no later one
 
         def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **more: Any) -> None:
-            # what theirs checks, the arguments, was checked when this was made
+            # the base class would check the arguments, which were checked when this callback was made
             _warn_if_short(optimizer, state.max_steps - state.global_step)
 
         def on_evaluate(
@@ -237,7 +239,7 @@ def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float,
             self.best, self.waited = state_dict["best"], state_dict["waited"]
 
         def on_train_start(self, trainer: Any, *rest: Any) -> None:
-            if len(trainer.optimizers) == 1:  # of several, each takes a part of the steps
+            if len(trainer.optimizers) == 1:  # of several optimizers, each takes a part of the steps
                 _warn_if_short(trainer.optimizers[0], trainer.estimated_stepping_batches - trainer.global_step)
 
         def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
@@ -263,7 +265,7 @@ def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float,
             stop = trainer.strategy.reduce_boolean_decision(self.waited >= patience, all=False)
             trainer.should_stop = trainer.should_stop or stop
 
-    trainer.callbacks.insert(0, made := AfterPruning())  # before those that write checkpoints
+    trainer.callbacks.insert(0, made := AfterPruning())  # before callbacks that write checkpoints
     return made
 
 
@@ -271,15 +273,15 @@ def _stop_lightning(trainer: Any, package: str, patience: int, threshold: float,
 
 
 def distill(trainer: Any, distillation: Distillation) -> None:
-    """Let a ``transformers.Trainer`` train by distillation, too; what it evaluates is as before.
+    """Make a ``transformers.Trainer`` train with distillation; evaluation does not change.
 
-    The task's loss is what its ``compute_loss`` gives, with whatever was given to it or made of it, and distillation is
-    added by its weight. Where batches are accumulated, each counts alike in distillation. A distillation without a
-    teacher takes its targets out of each batch: ``{**sample, **soft_targets(logits, k)._asdict()}``. In lightning no
+    The task loss is that of the trainer's ``compute_loss``, including custom ones, and the distillation loss is added
+    with its weight. If batches are accumulated, each has the same weight in distillation. A distillation without a
+    teacher takes its targets from each batch: ``{**sample, **soft_targets(logits, k)._asdict()}``. In lightning no
     such call is needed: ``return distillation(self.model, x, loss)`` in ``training_step``.
 
     Raises:
-        OptionError: The trainer is of another kind.
+        OptionError: The trainer is not a ``transformers.Trainer``.
     """
     if not hasattr(trainer, "compute_loss"):
         raise OptionError(
@@ -309,7 +311,7 @@ def distill(trainer: Any, distillation: Distillation) -> None:
 
 
 def _targets_in(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], SoftTargets | None]:
-    """A batch without what a teacher said of it, and that."""
+    """A batch without the teacher's targets, and these targets, if it has them."""
     rest = {key: value for key, value in inputs.items() if key not in SoftTargets._fields}
     if len(rest) + len(SoftTargets._fields) > len(inputs):
         return dict(inputs), None
@@ -317,13 +319,13 @@ def _targets_in(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], SoftTargets 
 
 
 def _shown(trainer: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a model sees of a batch: no labels where the trainer computes the loss itself."""
+    """The inputs for the teacher: without labels if the trainer computes the loss itself."""
     own = [getattr(trainer, name, None) for name in ("compute_loss_func", "label_smoother")]
     return inputs if own == [None, None] else {key: value for key, value in inputs.items() if key != "labels"}
 
 
 def _divided_already(trainer: Any, items: Any) -> bool:
-    """Whether the trainer leaves a loss as it is, because what it is a mean of are all batches of a step."""
+    """Whether the trainer does not divide losses by the number of accumulated batches, as they already are."""
     said = getattr(trainer, "loss_is_scaled_for_ga", None)
     if said is not None:
         return bool(said)
@@ -336,15 +338,16 @@ def _accumulated(trainer: Any) -> int:
 
 
 def train_family(trainer: Any, family: Family) -> None:
-    """Let a ``transformers.Trainer`` train a family: every batch runs through the full network and through members.
+    """Make a ``transformers.Trainer`` train a family: every batch is run through the full network and members.
 
-    The trainer has the family's optimizer, ``Trainer(..., optimizers=(family.optimizer, scheduler))``, and all else as
-    it was: losses, clipping, accumulation, mixed precision, checkpoints. It logs and evaluates the full network.
-    In lightning no such call is needed: set ``self.automatic_optimization = False``, and in ``training_step`` call
+    The trainer must have the family's optimizer, ``Trainer(..., optimizers=(family.optimizer, scheduler))``. Losses,
+    clipping, accumulation, mixed precision and checkpoints work as usual. It logs and evaluates the full network. In
+    lightning no such call is needed: set ``self.automatic_optimization = False``, and in ``training_step`` call
     ``family.backward(...)``, ``self.optimizers().step()`` and ``self.optimizers().zero_grad()``.
 
     Raises:
-        OptionError: The trainer is of another kind, has another optimizer, or shards parameters (DeepSpeed, FSDP).
+        OptionError: The trainer is not a ``transformers.Trainer``, has another optimizer, or shards parameters
+            (DeepSpeed, FSDP).
     """
     if not hasattr(trainer, "training_step") or not hasattr(trainer, "accelerator"):
         raise OptionError(
@@ -395,22 +398,23 @@ def mix(
     reference: Mapping[str, float] | None = None,
     every: int = 0,
 ) -> None:
-    """Draw a trainer's batches from a mixture, whose shares may follow the losses of its sources.
+    """Draw a trainer's batches from a mixture, whose shares may be updated by the losses of its sources.
 
-    A ``transformers.Trainer`` draws from it instead of its ``train_dataset``; columns that the model does not take
-    must not be there. In lightning hand ``mixture.loader(...)``
-    to ``fit``; this adds the update alone.
+    A ``transformers.Trainer`` then draws from the mixture instead of its ``train_dataset``, without removing columns
+    that the model does not take. In lightning, pass ``mixture.loader(...)`` to ``fit``; this function only adds the
+    update of shares.
 
     Args:
-        trainer: Before it trains.
-        mixture: Of the sources.
-        measure: The losses of the sources, of held-out data, such as
-            ``lambda model: source_losses(model, held, loss)``. Without it the shares stay as they are.
-        reference: What each of them should come to.
-        every: After how many steps of the optimizer they are measured, and the shares updated.
+        trainer: A ``Trainer`` of transformers or lightning, before it trains.
+        mixture: The mixture of sources.
+        measure: Computes the loss of each source on held-out data, for example
+            ``lambda model: source_losses(model, held, loss)``. Without it, the shares do not change.
+        reference: The loss that each source should reach.
+        every: Number of optimizer steps after which the losses are measured and the shares updated.
 
     Raises:
-        OptionError: The trainer is of another kind, or of ``measure``, ``reference`` and ``every`` one is missing.
+        OptionError: The trainer is of another library, or only some of ``measure``, ``reference`` and ``every`` are
+            given.
     """
     given = (measure is not None, reference is not None, every > 0)
     if any(given) and not all(given):
@@ -465,7 +469,7 @@ def _update_lightning(trainer: Any, package: str, update: Callable[[nn.Module, i
         seen = 0
 
         def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
-            if trainer.global_step != self.seen:  # more batches than one may make a step
+            if trainer.global_step != self.seen:  # a step may accumulate several batches
                 self.seen = trainer.global_step
                 update(module, self.seen)
 

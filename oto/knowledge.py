@@ -1,4 +1,4 @@
-"""Where a model's knowledge lies (LoRAShear, arXiv 2310.18356, section 3.2): how the loss reacts to each group alone.
+"""Measure where a model's knowledge lies (LoRAShear, arXiv 2310.18356, section 3.2): the loss without each group.
 
 Each group is thinned alone, by a few shares of its atoms, those with the least norm first (of the weight together with
 its adapter); the loss on held-out batches is measured, and the entries are restored. The groups for which the loss
@@ -38,9 +38,9 @@ class Measured:
 
     Attributes:
         groups: The names of the groups.
-        atoms: How many atoms they have together.
-        rise: By how much the loss rose, averaged over the shares.
-        whole: Whether they stay whole for that reason.
+        atoms: Total number of their atoms.
+        rise: The rise of the loss, averaged over the shares.
+        whole: Whether they stay whole as a result.
     """
 
     groups: tuple[str, ...]
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """The result of the measurement; to be printed.
+    """The result of the measurement; can be printed.
 
     Attributes:
         loss: The loss of the unchanged model.
@@ -136,7 +136,7 @@ class _Measurement:
             rows.copy_(before)
 
     def _least(self, group: NodeGroup, level: float) -> Tensor:
-        """A share of the atoms, those with the least norm, as far as the group may lose them; a segment as a whole."""
+        """A share of the atoms, those with the least norm, within the group's minimum; the whole of a segment."""
         if group.segment:
             return torch.zeros(1, dtype=torch.int64)
         norms = magnitude(self.composed.entries_of(group, self.parameters, ()))

@@ -1,20 +1,21 @@
-"""A smaller model without training: choose, let what stays take over, estimate batch norms anew, zero.
+"""Compress a model without training: choose atoms and segments, compensate for them, and set them to zero.
 
-1. **Choose** all that goes, on the full model: by gradients, by the loss of the least-squares fit (``"obs"``), by how
-   much the inputs of the readers vary (``"fluctuation"``), or by weights. Segments and atoms share one budget. Where a
-   criterion looks at readers, of which a segment has none, a segment goes by how much the loss rises without it.
-2. Zero the **segments** that go. Nothing takes over what they add, so they are first: all fits are then to what the
-   network without them computes, also those of weights that read a tensor before a segment and another after it. What
-   lies in them needs no fit.
-3. Go through the node groups that lose atoms, portion by portion along the depth of the network. Each portion sees
-   what the pruned and folded layers before it give: without that, errors pile up. With ``"obs"`` the atoms of a portion
-   are chosen here, one after the other; how many each group loses is settled before.
-4. In each portion: collect the second moments of what its readers read, **fold** (:mod:`oto.optim.compensate`), zero,
-   and estimate batch norms anew. Whether that helped is measured on batches that were used for nothing else; a fold
-   that did not, and norms that did not, are undone. A fit that nobody checks may destroy a model: what a token carries
-   on average is not what the one that is read carries.
+1. **Choose** everything to remove, on the full model: by gradients, by the error of the least-squares fit (``"obs"``),
+   by the variance of the readers' inputs (``"fluctuation"``), by the loss (``"sensitivity"``), or by weights. Segments
+   and atoms share one budget. If the criterion is measured at readers, which segments do not have, segments are scored
+   by how much the loss rises without them.
+2. Set the chosen **segments** to zero. They are not compensated, so they come first: all later fits are then made for
+   the network without them, also those of weights that read one tensor before a segment and another after it. Node
+   groups inside them need no fit.
+3. Process the node groups that lose atoms in portions, in the order of depth. The inputs of each portion come from the
+   pruned and folded layers before it; otherwise errors would accumulate. With ``"obs"`` and ``"sensitivity"``, the
+   atoms of a portion are chosen here, one after the other; only their number is fixed before.
+4. For each portion: collect the second moments of its readers' inputs, **fold** (:mod:`oto.optim.compensate`), set the
+   atoms to zero, and estimate batch norms again. The effect is measured on held-out batches, which are used for nothing
+   else; a fold, or batch-norm statistics, that do not lower the loss are undone. An unchecked fit can destroy a model:
+   it minimizes the average error over all tokens, but the output may depend on a single one.
 
-Nothing is a matter of a gradient step, so the result is the same for the same batches.
+There are no gradient steps, so the result is the same for the same batches.
 """
 
 from __future__ import annotations
@@ -61,43 +62,43 @@ from oto.trace.snapshot import preserved
 
 
 def obs(entries: Weights) -> Tensor:
-    """What the readers' outputs lose when an atom goes and the others take over; measured on batches."""
+    """The error of the readers' outputs after an atom is removed and the others compensate; measured on batches."""
     raise AssertionError("it is measured")
 
 
 def fluctuating(entries: Weights) -> Tensor:
-    """How much of the readers' outputs an atom moves; measured on batches."""
+    """How much an atom contributes to the variance of the readers' outputs; measured on batches."""
     raise AssertionError("it is measured")
 
 
 def sensitivity(entries: Weights) -> Tensor:
-    """How much the loss rises with each atom that its group alone loses; measured on batches."""
+    """How much the loss rises per atom if its group alone loses atoms; measured on batches."""
     raise AssertionError("it is measured")
 
 
 MEASURED = {"obs": obs, "fluctuation": fluctuating, "sensitivity": sensitivity}
-"""Ways to choose that look at what readers read."""
+"""Criteria that are measured with the inputs of readers."""
 
 Score = Callable[[Reader, Moments, Tensor, Tensor, float], Tensor]
-"""What each atom is worth to one reader, float64, shape ``(atoms,)``: of the reader, the moments of what it reads, its
-parameter, the entries of each atom, and the damping."""
+"""Computes the score of each atom for one reader, float64, shape ``(atoms,)``, from the reader, the moments of its
+input, its parameter, the entries of each atom, and the damping."""
 
 SCORES: dict[Callable[[Weights], Tensor], Score] = {
     obs: lambda reader, moments, p, blocks, ridge: Surgeon.of(reader, moments, p, blocks, ridge).scores(),
     fluctuating: lambda reader, moments, p, blocks, _: fluctuation(reader, moments, p, blocks),
 }
-"""How the atoms of a group are scored; ``"sensitivity"`` goes by the loss instead."""
+"""The scores of a group's atoms, summed over its readers; ``"sensitivity"`` uses the loss instead."""
 
 COMPARABLE: dict[str, Any] = {"normalize": "none", "by_cost": 1.0}
-"""How a choice goes by ``"sensitivity"``, which is in the unit of the loss."""
+"""Default options of a choice by ``"sensitivity"``, which is in the unit of the loss."""
 
 LEVELS = (0.25, 0.5, 0.75)
-"""Shares of its atoms that each group loses alone, to see what the loss makes of it."""
+"""The shares of its atoms that each group alone loses when ``"sensitivity"`` is measured."""
 
 NO_FOLD = "what a segment adds is taken over by nothing"
 
 TINY = 1e-9
-"""The least that an atom costs; a fit may even help."""
+"""The minimum score of an atom; the loss may even fall, since a fit can improve the model."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,13 @@ class Settings:
     """How to compress.
 
     Attributes:
-        compensate: A kind of :mod:`oto.optim.compensate`, or ``None``.
+        compensate: One of :data:`oto.optim.compensate.KINDS`, or ``None``.
         ridge: Damping of the fit, as a share of the mean of the diagonal.
-        portions: In how many portions the network is gone through, at most.
-        norms: Whether batch norms are estimated anew.
+        portions: Number of portions along the depth; more if the moments of one do not fit in memory.
+        norms: Whether the statistics of batch norms are estimated again.
+
+    Raises:
+        OptionError: A value is invalid.
     """
 
     compensate: str | None
@@ -127,13 +131,13 @@ class Settings:
 
 @dataclass(eq=False)
 class Compression:
-    """A model on the way.
+    """The compression of a model.
 
     Attributes:
-        calibrated: The model itself, and its batches.
-        choice: What goes, and by what it is chosen.
-        readers: Of all prunable groups.
-        left: Which atoms of each axis are left, by the name of the group.
+        calibrated: The model and its batches.
+        choice: How atoms and segments are chosen.
+        readers: The readers of all prunable groups.
+        left: Which atoms of each group are left, by name.
     """
 
     calibrated: Calibrated
@@ -146,11 +150,11 @@ class Compression:
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def run(self) -> list[Portion]:
-        """Choose, fold, zero; all is as it was if anything is raised.
+        """Choose, fold and set to zero; if an exception is raised, the model is restored.
 
-        Nothing is copied before the choice, which has gradients, and thereafter only what is written to, as it is: of
-        what loses atoms, these. So at no time is there more than one tensor beside each parameter, but for those that
-        a portion folds.
+        Nothing is copied before the choice, which computes gradients. Afterwards only the entries are copied that are
+        written to: the removed atoms, and whole tensors that are folded into. So at any time there is at most one
+        additional tensor for each parameter, except for those that the current portion folds into.
         """
         stage("choosing")
         going = self._choose()
@@ -173,7 +177,7 @@ class Compression:
 
     @property
     def how(self) -> str:
-        """What is told of the choice and the fit."""
+        """A description of the choice and the fit, for the result."""
         many = len(self.calibrated.data.calibration)
         fit = f"{self.settings.compensate} fit, ridge={self.settings.ridge:g}" if self.settings.compensate else "no fit"
         return (
@@ -182,7 +186,7 @@ class Compression:
 
     @property
     def _by(self) -> str:
-        """What the choice goes by, in a word."""
+        """The name of the criterion, ``"gradients"`` or ``"weights"``."""
         if self._measured is not None:
             return _name_of(self._measured)
         return "gradients" if self.choice.averaged else "weights"
@@ -190,7 +194,7 @@ class Compression:
     def _erase(
         self, segments: Sequence[NodeGroup], going: Mapping[str, NDArray[np.int64]], before: float | None, undo: Undo
     ) -> Portion:
-        """Zero the segments that go, and forget the readers in them, whose results nobody sees."""
+        """Set segments to zero, and discard readers inside them, whose results are no longer used."""
         tried = self._fold_and_zero(segments, going, [], {}, _nothing, undo)
         names = tuple(group.name for group in segments)
         self.left |= {name: self._without(name, going[name]) for name in names}
@@ -229,7 +233,7 @@ class Compression:
         entries: Callable[[Reader], SplitEntries],
         undo: Undo,
     ) -> dict[str, Any]:
-        """Fold and zero, or zero alone if that leaves a lower loss: what a :class:`Portion` says of it."""
+        """Fold and set to zero, or only set to zero if that gives a lower loss; returns fields of a ``Portion``."""
         kind, tensors = str(self.settings.compensate), self.calibrated.tensors
         saved = undo.remember(tensors, sorted(self.calibrated.writes(readers)))
         for group in pack:
@@ -257,18 +261,18 @@ class Compression:
             "unreached": tuple(unreached),
         }
 
-    # --- what goes ----------------------------------------------------------------------------------------------------
+    # --- the choice ---------------------------------------------------------------------------------------------------
 
     @property
     def _measured(self) -> Any:
-        """The criterion that is measured at readers, if the choice goes by one."""
+        """The criterion of :data:`MEASURED` by which is chosen, or ``None``."""
         return _measured_by(self.choice)
 
     def _choose(self) -> dict[str, NDArray[np.int64]]:
-        """The atoms of each group that go; with ``"obs"`` their number counts."""
+        """The atoms of each group to remove; with ``"obs"`` and ``"sensitivity"``, only their number is used."""
         if self._measured is None:
             wanted = {id(self.calibrated.tensors[piece.parameter]) for g in self.choice.groups for piece in g.zeros}
-            with preserved(self.calibrated.model):  # which puts back what wants a gradient
+            with preserved(self.calibrated.model):  # restores requires_grad
                 for p in self.calibrated.model.parameters():
                     p.requires_grad_(p.requires_grad and id(p) in wanted)
                 batches = self.calibrated.data.calibration if self.choice.averaged else ()
@@ -282,7 +286,7 @@ class Compression:
         return {g.name: np.flatnonzero(~own.numpy()) for g, own in zip(self.choice.groups, parts, strict=True)}
 
     def _scores(self, weights: Sequence[Weights]) -> Tensor:
-        """The measured criterion of every atom; where no reader tells, the magnitude."""
+        """The measured criterion of every atom, shape ``(N,)``; the magnitude for groups without readers."""
         found: dict[str, Tensor] = {}
         atoms = [group for group in self.choice.groups if not group.segment]
         for pack in packed(atoms, self.readers):
@@ -317,9 +321,9 @@ class Compression:
         return SCORES[self._measured](reader, own, parameter, self._blocks(reader, group), self.settings.ridge)
 
     def _loss_per_atom(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> Tensor:
-        """What the loss rises by with each atom, when this group alone gives them up in their order and is folded.
+        """The rise of the loss with each atom, if this group alone loses its atoms in order and is folded.
 
-        It is measured at a few levels. Between them it is interpolated, and it never rises more slowly later on.
+        It is measured at a few levels, and interpolated such that it never decreases from atom to atom.
         """
         readers = [r for r in self.readers.of([group.name]) if self.settings.compensate]
         order = self._order(group, measured)
@@ -333,18 +337,18 @@ class Compression:
                 middles.append((done + go) / 2)
                 before, done = before + rise, go
         if not slopes:
-            return torch.full((group.size,), 1.0)  # it can spare none
+            return torch.full((group.size,), 1.0)  # the group cannot lose any atom
         middles, slopes = [0.0, *middles, float(group.size)], [0.5 * slopes[0], *slopes, 2 * slopes[-1]]
         scores = np.empty(group.size)
         scores[order] = np.interp(np.arange(group.size) + 0.5, middles, slopes)
         return torch.from_numpy(scores).float()
 
     def _loss_of_segment(self, segment: NodeGroup) -> float:
-        """What the loss rises by without a segment alone."""
+        """The rise of the loss without this segment alone."""
         return self._loss_without(segment, np.arange(1), [], {}) - self.calibrated.calibration_loss
 
     def _order(self, group: NodeGroup, measured: Mapping[Key, Moments]) -> NDArray[np.int64]:
-        """All atoms of a group, the first to go first: the surgeon's order, else by magnitude."""
+        """All atoms of a group in the order of removal: by the surgeon, or by magnitude without readers."""
         surgeons = self._surgeons(group, measured)
         if not surgeons:
             return self._by_magnitude(group)
@@ -375,7 +379,7 @@ class Compression:
         return loss if math.isfinite(loss) else 1e9
 
     def _surgery(self, group: NodeGroup, measured: Mapping[Key, Moments], go: int) -> NDArray[np.int64]:
-        """Which atoms of a group go, one after the other."""
+        """The sorted indices of ``go`` atoms of a group, chosen one after the other."""
         surgeons = self._surgeons(group, measured)
         if not surgeons:
             return np.sort(self._by_magnitude(group)[:go])
@@ -411,13 +415,13 @@ class Compression:
     # --- portions -----------------------------------------------------------------------------------------------------
 
     def _packs(self, groups: Sequence[NodeGroup]) -> list[list[NodeGroup]]:
-        """Portions along the depth, each of about as many groups, whose moments fit in memory."""
+        """Portions along the depth with nearly equal numbers of groups, divided further to fit moments in memory."""
         ordered = sorted(groups, key=self._depth)
         parts = np.array_split(np.arange(len(ordered)), min(self.settings.portions, max(len(ordered), 1)))
         return [pack for part in parts for pack in packed([ordered[i] for i in part], self.readers)]
 
     def _depth(self, group: NodeGroup) -> int:
-        """The first call that reads it; else the first that uses what writes it."""
+        """Index of the first call that reads a group; if no weight does, of the first that uses a tensor of it."""
         found = [use.node.index for reader in self.readers.of([group.name]) for use in reader.uses]
         return min(found) if found else self._first_use.get((group.zeros or group.slices)[0].parameter, 0)
 
@@ -449,11 +453,12 @@ def one_shot(
 
 
 def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings) -> OneShot:
-    """Compress a model in place; it is as it was if anything is raised.
+    """Compress a model in place; it is restored if an exception is raised.
 
     Raises:
-        OptionError: Parameters are sharded, or there are several processes; or atoms and segments would be compared by
-            different things.
+        OptionError: Parameters are sharded, or there are several processes; or the scores of atoms and segments would
+            not be comparable.
+        NonFiniteParameterError: The loss of the held-out batches, or a score, is NaN or infinite.
     """
     model, partition = analysis.model, analysis.partition
     require_one_process(model, "one_shot")
@@ -473,7 +478,7 @@ def compress(analysis: Analysis, choice: Choice, data: Data, settings: Settings)
 
 
 def _measured_by(choice: Choice) -> Any:
-    """The criterion that is measured at readers, if a choice goes by one."""
+    """The criterion of :data:`MEASURED` among those of a choice, or ``None``."""
     return next((c for c, _ in choice.criteria if c in MEASURED.values()), None)
 
 
@@ -482,7 +487,7 @@ def _name_of(measured: Any) -> str:
 
 
 def _require_readers(found: Readers, atoms: Sequence[NodeGroup], saliency: str) -> None:
-    """Refuse groups of which none is read by a weight that could take over."""
+    """Raise ``OptionError`` if no group is read by a weight that could compensate."""
     if not found.of([group.name for group in atoms]):
         reasons = ((g.name, own[0]) for g in atoms if (own := found.reasons.get(g.name)))
         name, why = next(reasons, (atoms[0].name, "what reads it is no weight"))
@@ -495,7 +500,7 @@ def _require_readers(found: Readers, atoms: Sequence[NodeGroup], saliency: str) 
 
 
 def _require_comparable(choice: Choice) -> None:
-    """Refuse to compare atoms by what readers' outputs lose with segments by what the loss rises by."""
+    """Raise ``OptionError`` if atoms would be scored by readers' outputs, and segments by the loss."""
     measured = _measured_by(choice)
     if measured in SCORES and len({group.segment for group in choice.groups}) > 1:
         raise OptionError(
@@ -508,7 +513,7 @@ def _require_comparable(choice: Choice) -> None:
 
 
 def _require_number(loss: float | None) -> None:
-    """Refuse to judge by a loss that is NaN or infinite before anything goes; ``None`` if nothing is held out."""
+    """Raise ``NonFiniteParameterError`` if the held-out loss is NaN or infinite before anything is removed."""
     if loss is not None and not math.isfinite(loss):
         raise NonFiniteParameterError(
             f"the loss of the held-out batches is {loss}\n"
@@ -526,7 +531,7 @@ def _kept(left: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.int64]]
 
 
 def in_order(rises: Mapping[str, float]) -> dict[str, float]:
-    """Positive scores in the order of what the loss rises by; without some it falls, and these come first.
+    """Positive scores in the order of the rises of the loss; segments without which the loss falls come first.
 
     >>> low, lower, high = in_order({"a": -1.0, "b": -2.0, "c": 0.5}).values()
     >>> 0 < lower < low < high

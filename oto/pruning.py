@@ -1,4 +1,4 @@
-"""The methods of ``OTO`` that bring groups to zero, or say what would go: a docstring and a call each."""
+"""The methods of ``OTO`` that prune a model or preview that: a docstring and a call for each."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from oto.training import Training, make, make_for_adapters
 
 
 class Pruning:
-    """What an analyzed model is pruned by; :class:`oto.OTO` has these methods."""
+    """Methods that prune an analyzed model; the base class of :class:`oto.OTO`."""
 
     _analysis: Analysis
     _training: Training  # of the optimizer that was made last
 
     def hesso(self, *, params: Params | None = None, **options: Unpack[HESSOOptions]) -> HESSO:
-        """The HESSO optimizer; all options are explained at :class:`oto.optim.HESSO`.
+        """Make a HESSO optimizer; all options are documented at :class:`oto.optim.HESSO`.
 
         Args:
             params: By default all parameters of the model. Parameter groups need no names.
             target_macs, target_params, target_bytes, target_latency_ms, target_group_sparsity, target_kept: The target;
                 exactly one.
             scope, min_kept, group_divisible, align, saliency, normalize, within, by_cost, average_steps: How to choose.
-            start_pruning_step, pruning_steps, pruning_periods, pruning_exponent, total_steps: When.
-            compensate, batches, loss: Whether what stays takes over what goes, and by which data that is fitted.
+            start_pruning_step, pruning_steps, pruning_periods, pruning_exponent, total_steps: When to prune.
+            compensate, batches, loss: Whether remaining atoms compensate for pruned ones, and the data for that fit.
             variant, base, base_options, names, lr, weight_decay, first_momentum, second_momentum, dampening: The
                 wrapped optimizer; further keywords of torch's optimizers (``betas``, ``foreach``...) may be passed too.
         """
@@ -52,51 +52,60 @@ class Pruning:
         return optimizer
 
     def hesso_cric(self, *, params: Params | None = None, **options: Unpack[HESSOCRICOptions]) -> HESSOCRIC:
-        """HESSO that walks groups to zero first. All options of :meth:`hesso`, and ``sampling_steps``, ``max_cycles``,
-        ``tolerance`` and ``sensitivity``, which are explained at :class:`oto.optim.HESSOCRIC`.
+        """Make a HESSO-CRIC optimizer, which first scales groups to zero and back to score them.
+
+        It takes all options of :meth:`hesso`, and ``sampling_steps``, ``max_cycles``, ``tolerance`` and
+        ``sensitivity``, which are documented at :class:`oto.optim.HESSOCRIC`.
         """
         self._training, optimizer = make(self._analysis, HESSOCRIC, params, options)
         return optimizer
 
     def hspg(self, *, params: Params | None = None, **options: Unpack[HSPGOptions]) -> HSPG:
-        """HSPG of the first paper, with a target. Options of :meth:`hesso`, and ``lmbda``, ``epsilon``,
-        ``half_space_step`` and ``upper_group_sparsity``, which are explained at :class:`oto.optim.HSPG`.
+        """Make an optimizer of the first paper, HSPG, with a target.
+
+        It takes the options of :meth:`hesso`, and ``lmbda``, ``epsilon``, ``half_space_step`` and
+        ``upper_group_sparsity``, which are documented at :class:`oto.optim.HSPG`.
         """
         self._training, optimizer = make(self._analysis, HSPG, params, options)
         return optimizer
 
     def dhspg(self, *, params: Params | None = None, **options: Unpack[DHSPGOptions]) -> DHSPG:
-        """DHSPG of the second paper, with a target. Options of :meth:`hesso`, and ``lmbda``, ``lmbda_amplify``,
-        ``hat_lmbda_coeff``, ``epsilon``, ``partition_step``, ``half_space_step``, ``warm_up_steps`` and
-        ``tolerance_group_sparsity``, which are explained at :class:`oto.optim.DHSPG`.
+        """Make an optimizer of the second paper, DHSPG, with a target.
+
+        It takes the options of :meth:`hesso`, and ``lmbda``, ``lmbda_amplify``, ``hat_lmbda_coeff``, ``epsilon``,
+        ``partition_step``, ``half_space_step``, ``warm_up_steps`` and ``tolerance_group_sparsity``, which are
+        documented at :class:`oto.optim.DHSPG`.
         """
         self._training, optimizer = make(self._analysis, DHSPG, params, options)
         return optimizer
 
     def h2spg(self, *, params: Params | None = None, **options: Unpack[H2SPGOptions]) -> H2SPG:
-        """H2SPG of the third paper, of an ``OTO(..., compress_mode="erase")`` or ``"both"``. Options of :meth:`hesso`,
-        and ``target_segments``, ``lmbda``, ``lmbda_amplify``, ``hat_lmbda_coeff``, ``epsilon``, ``partition_step``,
-        ``half_space_step`` and ``warm_up_steps``, which are explained at :class:`oto.optim.H2SPG`.
+        """Make an optimizer of the third paper, H2SPG, for an ``OTO(..., compress_mode="erase")`` or ``"both"``.
 
-        With ``target_segments=K`` what goes is found as published, by trial removal; with any other target, at the
+        It takes the options of :meth:`hesso`, and ``target_segments``, ``lmbda``, ``lmbda_amplify``,
+        ``hat_lmbda_coeff``, ``epsilon``, ``partition_step``, ``half_space_step`` and ``warm_up_steps``, which are
+        documented at :class:`oto.optim.H2SPG`.
+
+        With ``target_segments=K``, segments are chosen as published, by trial removal; with any other target, by the
         exact cost of each segment and channel.
         """
         self._training, optimizer = make(self._analysis, H2SPG, params, options)
         return optimizer
 
     def lhspg(self, *, params: Params | None = None, **options: Unpack[LHSPGOptions]) -> LHSPG:
-        """LHSPG of LoRAShear, for adapters on a frozen model, of an ``OTO(..., prune_frozen=True)``. Options of
-        :meth:`hesso`, and ``epsilon``, which is explained at :class:`oto.optim.LHSPG`.
+        """Make an optimizer of LoRAShear, LHSPG, for adapters on a frozen model, of an ``OTO(..., prune_frozen=True)``.
 
-        A weight and its adapter are one operator. Its redundant rows go to zero together, all others learn through the
-        adapter. Ranks of adapters stay whole from here on. :func:`oto.adapters.slim_adapters` tells the slim model's
-        adapters from its base.
+        It takes the options of :meth:`hesso`, and ``epsilon``, which is documented at :class:`oto.optim.LHSPG`.
+
+        A weight and its adapter are one operator. Its redundant rows are brought to zero together, all others are
+        trained through the adapter. Ranks of adapters stay whole from now on. :func:`oto.adapters.slim_adapters`
+        separates the slim model's adapters from its base.
         """
         self._analysis, self._training, optimizer = make_for_adapters(self._analysis, params, options)
         return optimizer
 
     def family(self, *, params: Params | None = None, **options: Unpack[FamilyOptions]) -> Family:
-        """Several sizes from one training: the full network and a member for each target, nested in one another.
+        """Make a family, to train several sizes at once: the full network and a nested member for each target.
 
         Train with ``family.step(forward, loss)`` in place of forward, backward and ``optimizer.step()``; then
         ``family.construct(out_dir)``. See :class:`oto.family.Family`, and ``docs/family.md``.
@@ -104,22 +113,24 @@ class Pruning:
         Args:
             params: By default all parameters of the model.
             targets: The sizes besides the full network, the largest first: floats are shares of the MACs, mappings
-                any other target, such as ``{"target_latency_ms": 20}``. Each target is met from below.
-            total_steps: Number of steps that training takes, needed if anything is a share of it.
-            freeze_step: Step at which it is settled what each member keeps, .45 of all by default. Before it the full
-                network trains alone.
-            ramp_steps: Over how many steps after that what members count rises from zero to one, .05 by default.
-            networks_per_step: How many networks run in each step after that: the full one, the smallest member, and as
-                many others, drawn for each step, as are left of this number; 4 by default.
-            distillation: By default members learn from the full network's logits on the same batch. ``False``: from the
-                loss of the task; or a function of a member's output and the full network's that gives the loss.
-            temperature, class_dim: Of the logits: what they are divided by, and the dimension of the classes.
-            seed: Of the draw of members.
+                any other target, such as ``{"target_latency_ms": 20}``. No member costs more than its target.
+            total_steps: Number of steps that training takes, needed if any option is a share of it.
+            freeze_step: The step at which the atoms of each member are chosen, by default .45 of all steps. Before it,
+                only the full network is trained.
+            ramp_steps: Number of steps after that over which the weight of the members' losses rises from zero to one,
+                by default .05 of all steps.
+            networks_per_step: Number of networks that run in each step after that, 4 by default: the full network, the
+                smallest member, and others that are drawn for each step.
+            distillation: By default, members learn from the full network's logits on the same batch. ``False``: from
+                the task loss; or a function that computes a member's loss from its output and the full network's.
+            temperature, class_dim: The number by which logits are divided; their class dimension.
+            seed: Seed for the draw of members.
             **options: How to choose, and the wrapped optimizer, as in :meth:`hesso`.
 
         Raises:
-            OptionError: An option is invalid; parameters are spread over processes; or ``allow_graph=True`` was given.
-            TargetError, NothingPrunableError: A target cannot be reached, or they do not fall.
+            OptionError: An option is invalid; parameters are sharded over processes; or ``allow_graph=True`` was given.
+            TargetError, NothingPrunableError: A target cannot be reached, or the targets do not decrease.
+            ModelChangedError, TooLateError: Parameters were renamed or frozen since the analysis.
         """
         self._training, made = make_family(self._analysis, params, options)
         return made
@@ -128,16 +139,19 @@ class Pruning:
         self, *, batches: Iterable[Any] = (), loss: Callable[[nn.Module, Any], Tensor] | None = None,
         **options: Unpack[PreviewOptions],
     ) -> Preview:  # fmt: skip
-        """What a target would keep of each layer, before any training: print it.
+        """What a target would keep of each layer, before any training; can be printed.
 
-        The choice is the one that an optimizer with the same options would make now, in one go: by the weights alone
-        (their magnitude), or by gradients averaged over ``batches``. Training changes it.
+        This is the choice that an optimizer with the same options would make now, in a single period: by the weights
+        alone (their magnitude), or by gradients over ``batches``. The choice during training will differ.
 
         Args:
-            batches: Batches to compute gradients on. Gradients, mode, buffers and the random state stay as they were.
-            loss: Takes the model and a batch, and returns the loss.
-            **options: Those options of :meth:`hesso` that set the target and what is pruned. A target that cannot be
-                reached is a ``TargetError``.
+            batches: Batches to compute gradients on. Gradients, modes, buffers and the random state are restored.
+            loss: A function of the model and a batch that returns the loss.
+            **options: The options of :meth:`hesso` that define the target and the choice.
+
+        Raises:
+            TargetError: The target cannot be reached.
+            OptionError: An option is invalid, or batches are given without a loss or for a sharded model.
         """
         return preview(self._analysis, batches, loss, options)
 
@@ -146,14 +160,14 @@ class Pruning:
         compensate: Literal["affine", "ridge", "bias"] | None = "affine", ridge: float = RIDGE, portions: int = 16,
         norms: bool = True, **options: Unpack[PreviewOptions],
     ) -> OneShot:  # fmt: skip
-        """Compress the model without training, in place: print the result, then :meth:`construct_subnet` as usual.
+        """Compress the model without training, in place. Call :meth:`construct_subnet` afterwards.
 
-        What is removed is chosen at once, on the full model; segments among it are set to zero first. Then, in portions
-        from input to output, the atoms that go are folded into the weights that read them, by a least-squares fit over
-        the batches, batch norms are estimated again, and the atoms are set to zero. A fold that does not lower the loss
-        on the held-out batches is undone. It takes a few forward passes over all batches for each portion, and memory
-        for a copy of the model plus n² numbers for n entries of a layer's input. Pass a few hundred samples of the kind
-        that the model is for.
+        Everything to remove is chosen first, on the full model, and chosen segments are set to zero. Then, in portions
+        from input to output, the chosen atoms are folded into the weights that read them, by a least-squares fit over
+        the batches, the atoms are set to zero, and batch norms are estimated again. A fold that does not lower the loss
+        on the held-out batches is undone. Each portion takes a few forward passes over all batches; memory is needed
+        for a copy of the model, and for n² numbers if a layer's input has n entries. Pass a few hundred samples similar
+        to the data that the model will be used with.
 
         Args:
             batches, loss: Batches to calibrate and to check with. ``loss`` takes the model, in eval mode, and a batch.

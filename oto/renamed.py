@@ -1,6 +1,6 @@
-"""Public names that were changed. The former ones work as before and say so, until the release that removes them.
+"""Public names that were changed. The former names still work, with a warning, until the release that removes them.
 
-``docs/renamed.md`` is this table for readers.
+``docs/renamed.md`` has the same table for users.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from oto.errors import OptionError, users_level
 REMOVED_IN = "0.3"
 
 OPTIONS = {"normalise": "normalize"}
-"""Options of optimizers."""
+"""Former names of options of optimizers, with the current ones."""
 
 Value = TypeVar("Value")
 
 
 def warn_of_former_name(former: str, now: str) -> None:
-    """Warn of a name that was changed."""
+    """Warn that a former name is used."""
     warnings.warn(former_name(former, now), DeprecationWarning, stacklevel=users_level())
 
 
 def former_name(former: str, now: str) -> str:
-    """What is said of a name that was changed."""
+    """The text of the warning about a former name."""
     return f"{former} is called {now} now\n  effect  none; {REMOVED_IN} removes the former name\n  to fix  say {now}"
 
 
@@ -37,10 +37,10 @@ def former(name: str, value: Value, now: str) -> Value:
 
 
 def up_to_date(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by the names that they have now.
+    """Options under their current names.
 
     Raises:
-        OptionError: One is given by both of its names.
+        OptionError: An option is given under both names.
     """
     made = dict(options)
     for name in OPTIONS.keys() & options.keys():

@@ -1,10 +1,11 @@
-"""Shrink a model that is spread over processes while it trains: ``oto.shrink(optimizer, shard=f)``.
+"""Shrink a sharded model during training: ``oto.shrink(optimizer, shard=f)``.
 
-1. Parameters are gathered one by one in the first process, which makes and proves the slim model, as in
-   :meth:`oto.OTO.construct_subnet`, and slim forms of ``averages=`` without their entries.
-2. All processes get the slim model and averages without entries, and shard each by the user's function ``f``.
-3. Every old parameter, its optimizer state and its averages are gathered, one at a time, and each process takes its
-   part of what is left.
+1. Parameters are gathered one by one in the first process. It makes and proves the slim model, as in
+   :meth:`oto.OTO.construct_subnet`, and makes slim forms of ``averages=`` with parameters on ``meta``.
+2. All processes get the slim model and averages with parameters on ``meta``, and shard them by the user's function
+   ``f``.
+3. Every old parameter, its optimizer state and its averages are gathered, one at a time, and each process keeps its
+   part of the remaining entries.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ from oto.slim.edits import owner_of
 from oto.slim.shrink import Entries, Shrunk, average_in, become
 
 Shard = Callable[[nn.Module], Any]
-"""A function that spreads a model over processes, in place."""
+"""A function that shards a model over processes, in place."""
 
 
 def in_every_process(model: nn.Module, averages: Sequence[nn.Module], make: Callable[[], Shrunk]) -> Shrunk:
-    """Make a slim model in the first process, and give it to all of them, with parameters on ``meta``.
+    """Make a slim model in the first process, and return it on all of them, with parameters on ``meta``.
 
     Args:
-        averages: Averages of its weights, as :func:`averages_of` gives them.
+        averages: Averages of the model's weights, the result of :func:`averages_of`.
         make: Called in the first process, while the model is whole there, and averages have parameters on ``meta``.
 
     Raises:
-        OTOError: The slim model could not be made, or not be sent.
+        OTOError: The slim model could not be made or sent.
     """
 
     def emptied() -> Shrunk:
@@ -59,7 +60,7 @@ def in_every_process(model: nn.Module, averages: Sequence[nn.Module], make: Call
         slim = [own for _, own in made.averages]
         for own in (made.model, *slim):
             _empty(own)
-        return replace(made, averages=[(nn.Module(), own) for own in slim])  # each process has averages of its own
+        return replace(made, averages=[(nn.Module(), own) for own in slim])  # each process uses its own full averages
 
     def send(made: Shrunk) -> None:
         try:
@@ -77,7 +78,7 @@ def in_every_process(model: nn.Module, averages: Sequence[nn.Module], make: Call
 
 
 def _empty(model: nn.Module) -> None:
-    """Replace all parameters by ones on ``meta``; tied ones stay tied."""
+    """Replace all parameters by parameters on ``meta``; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owner, last = owner_of(model, name)
@@ -86,18 +87,18 @@ def _empty(model: nn.Module) -> None:
 
 
 class Spread(Moved):
-    """One parameter before and after, of a model that is spread over processes.
+    """One parameter of a sharded model, before and after the model was made smaller.
 
-    Every process has to call the same methods.
+    All processes must call the same methods in the same order.
     """
 
     @property
     def whole(self) -> bool:
-        """Whether it keeps all of its entries, in the same processes."""
+        """Whether it keeps all of its entries, on the same processes."""
         return super().whole and Sharding.of(self.old) == Sharding.of(self.new)
 
     def prune(self, tensor: Tensor) -> Tensor:
-        """What is left of a tensor of the old shape, spread like the new parameter. Communicates."""
+        """The remaining entries of a tensor of the old shape, sharded like the new parameter. Communicates."""
         from torch.distributed.tensor import distribute_tensor
 
         left = taken(gathered_tensor(tensor), self.entries)
@@ -111,12 +112,16 @@ class Spread(Moved):
 def spread_anew(model: nn.Module, slim: nn.Module, parameters: Mapping[str, Entries], shard: Shard) -> list[Moved]:
     """Shard a slim model whose parameters are on ``meta``, and give each process its part of their entries.
 
+    Communicates.
+
     Args:
-        model: The model, or the average, that it was made from; it is not changed.
-        parameters: The entries that are left of each parameter, as in :class:`oto.slim.shrink.Shrunk`.
+        model: The model or average from which it was made; it is not changed.
+        slim: The slim model.
+        parameters: The kept entries of each parameter, as in :class:`oto.slim.shrink.Shrunk`.
+        shard: Shards the slim model in place.
 
     Raises:
-        ShrinkError: ``shard`` leaves a parameter whole that was spread over processes.
+        ShrinkError: ``shard`` does not shard a parameter that was sharded before.
     """
     reshard(model)
     old = dict(model.named_parameters(remove_duplicate=False))
@@ -136,7 +141,7 @@ def spread_anew(model: nn.Module, slim: nn.Module, parameters: Mapping[str, Entr
             "  to fix  pass the function that shards the model: fully_shard for every block, then for the model itself"
         )
     slim.to_empty(device=device)
-    for first, *others in aliases.values():  # to_empty makes two tensors of one that is tied
+    for first, *others in aliases.values():  # to_empty unties tied parameters
         for name in others:
             owner, last = owner_of(slim, name)
             owner._parameters[last] = slim.get_parameter(first)
@@ -159,10 +164,13 @@ def become_spread(model: nn.Module, slim: nn.Module) -> None:
 
 
 def averages_of(model: nn.Module, averages: Iterable[Any]) -> list[nn.Module]:
-    """The averages of a model's weights, which have to be spread over processes as the model is.
+    """The averages of a model's weights, which must be sharded like the model.
+
+    Args:
+        averages: Averages, or their wrappers.
 
     Raises:
-        ShrinkError: One belongs to another model, or is not spread like this one.
+        ShrinkError: An average belongs to another model, or is not sharded like this one.
     """
     found = []
     for wrapper in averages:

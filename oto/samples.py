@@ -1,4 +1,4 @@
-"""Read samples to calibrate with from a file that a command line names: tensors, or a text.
+"""Read samples for calibration from a file named on a command line: tensors, or a text.
 
 | a file            | is                                                                                       |
 |-------------------|------------------------------------------------------------------------------------------|
@@ -13,7 +13,7 @@ there is only one and its name is no argument, it is the first argument. A tenso
 argument of that name; cross entropy if it holds integers; mean squared error if it holds real numbers. For any other
 loss the user passes a function.
 
-Nothing is unpickled that could run code.
+Files are read without unpickling objects that could run code.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class Samples:
     """Tensors whose first dimension counts samples, by name.
 
     Attributes:
-        file: The file that they were read from.
-        model: The model that they are for.
+        file: The file from which they were read.
+        model: The model to calibrate.
+        tensors: The tensors by name.
     """
 
     file: Path
@@ -60,9 +61,11 @@ class Samples:
         """Read a file.
 
         Args:
+            file: The file; its suffix determines the format.
+            model: The model to calibrate.
             folder: The folder of the tokenizer for a text; ``None`` if there is none.
             length: Number of tokens in each piece of a text.
-            most: Largest number of pieces of a text; they are spread evenly over it.
+            most: Maximum number of pieces of a text, which are spread evenly over it.
 
         Raises:
             GivenError: The file cannot be read, or holds no samples for the model.
@@ -84,7 +87,7 @@ class Samples:
         return len(next(iter(self.tensors.values())))
 
     def batches(self, size: int) -> list[Batch]:
-        """All samples in their order, in batches of a size."""
+        """All samples in order, in batches of at most ``size``."""
         parts = {name: tensor.split(size) for name, tensor in self.tensors.items()}
         return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
 
@@ -96,7 +99,11 @@ class Samples:
 
     @cached_property
     def labels(self) -> str | None:
-        """The name of the tensor that holds the expected output."""
+        """The name of the tensor that holds the expected output; ``None`` if there is none.
+
+        Raises:
+            GivenError: There are several candidates.
+        """
         found = [name for name in LABELS if name in self.tensors]
         if len(found) > 1:
             raise GivenError(f"{self.file}: {some(found)} could all be labels\n  to fix  --loss module:function")
@@ -112,7 +119,7 @@ class Samples:
         """Whether tensors are passed to ``forward`` by name.
 
         Raises:
-            GivenError: There are several, and ``forward`` has no arguments of these names.
+            GivenError: There are several, and ``forward`` has no arguments of these names; or there are none.
         """
         unknown = [name for name in self.inputs if name not in self._arguments]
         if unknown and len(self.inputs) > 1:
@@ -131,13 +138,13 @@ class Samples:
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, named: str | None) -> Loss:
-        """The loss of a model and a batch.
+        """The loss, a function of a model and a batch.
 
         Args:
-            named: ``module:function``, if the user names one; otherwise the labels decide.
+            named: ``module:function``, if the user names one; otherwise the labels determine the loss.
 
         Raises:
-            GivenError: There is no such function, or the labels do not decide.
+            GivenError: There is no such function, or no labels.
         """
         if named is not None:
             module, _, name = named.partition(":")
@@ -196,7 +203,11 @@ def _arrays(file: Path) -> Batch:
 
 
 def _checked(file: Path, tensors: Batch) -> Batch:
-    """The tensors, if all have equally many samples and at least two."""
+    """Return the tensors, after a check.
+
+    Raises:
+        GivenError: They have different numbers of samples, or fewer than two.
+    """
     counts = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
     if len({*counts.values()}) != 1 or min(counts.values()) < 2:
         held = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
@@ -208,7 +219,7 @@ def _checked(file: Path, tensors: Batch) -> Batch:
 
 
 def _require_next_token(file: Path, model: nn.Module, folder: str | None) -> None:
-    """Refuse a text for a model that does not predict the next token, as its labels would be something else."""
+    """Raise ``GivenError`` if a text is given without a tokenizer, or for a model that does not predict next tokens."""
     if folder is None:
         raise GivenError(
             f"{file} is a text, and the model names no tokenizer\n"

@@ -1,13 +1,13 @@
-"""Tensors of which each process holds a part (``DTensor``), and models with such parameters.
+"""Handle sharded tensors, of which each process holds a part (``DTensor``), and models with such parameters.
 
-A *sharding* says which entries of a tensor a process has. The rest of the library works on these entries as on any
-other tensor, and comes here for sums over processes::
+A *sharding* describes which entries of a tensor each process has. The rest of the library works on these entries as on
+any other tensor, and uses this module for sums over processes::
 
     sharding = Sharding.of(p)            # None if every process has all of p
     own = local(p)                       # the entries of this process
     total = sharding.summed(own.sum())   # the sum over all processes
 
-What is marked "Communicates" has to be called by every process of the mesh, in the same order.
+Functions marked "Communicates" must be called by every process of the mesh, in the same order.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``; without importing that class, which takes a second."""
+    """Whether a tensor is a ``DTensor``; does not import that class, which would take a second."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The entries that this process has, in the tensor's own memory; of a plain tensor all."""
+    """The entries on this process, in the tensor's own memory; a plain tensor itself."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor.detach()
@@ -50,7 +50,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def address(tensor: Tensor) -> int:
-    """The address in memory of this process's entries."""
+    """The memory address of the entries on this process."""
     return local(tensor).data_ptr()
 
 
@@ -71,7 +71,7 @@ class Sharding:
 
     Attributes:
         mesh: The mesh of processes.
-        placements: For each dimension of the mesh, how the tensor is spread along it.
+        placements: For each dimension of the mesh, how the tensor is distributed along it.
     """
 
     mesh: DeviceMesh
@@ -105,7 +105,12 @@ class Sharding:
         return _index(self, dim, dims, length)
 
     def spread(self, own: Tensor, like: Tensor) -> Tensor:
-        """A ``DTensor`` from the entries of this process, spread like another tensor of the same shape."""
+        """A ``DTensor`` with this sharding, from the entries on this process.
+
+        Args:
+            own: The entries on this process.
+            like: A tensor with the same shape and strides.
+        """
         from torch.distributed.tensor import DTensor
 
         made: Tensor = DTensor.from_local(
@@ -114,12 +119,12 @@ class Sharding:
         return made
 
     def summed(self, own: Tensor) -> Tensor:
-        """The sum of ``own`` over the processes; the same bits in all of them. Communicates."""
+        """The sum of ``own`` over the processes, bitwise equal on all of them. Communicates."""
         total = own.to(self.mesh.device_type, copy=True)
         for dim, parted in enumerate(self.parted):
             if parted:
                 dist.all_reduce(total, group=self.mesh.get_group(dim))
-        for dim in range(self.mesh.ndim) if self.mesh.ndim > 1 else ():  # groups may add up in different orders
+        for dim in range(self.mesh.ndim) if self.mesh.ndim > 1 else ():  # process groups may add in different orders
             dist.broadcast(total, group=self.mesh.get_group(dim), group_src=0)
         return total.to(own.device)
 
@@ -136,12 +141,12 @@ def _index(sharding: Sharding, dim: int, dims: int, length: int) -> Tensor:
 
 
 def added_up(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Tensor:
-    """For each tensor the sum of a number over the processes that have parts of it: int64, shape ``(len(tensors),)``.
+    """For each tensor, the sum of a number over the processes that have parts of it: int64, shape ``(len(tensors),)``.
 
     Communicates.
 
     Args:
-        own: For each tensor the number for the part that is here, as a tensor without dimensions.
+        own: For each tensor, the number for the part on this process, a tensor of shape ``()``.
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.int64)
@@ -158,13 +163,13 @@ def added_up(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Tensor:
 
 
 def sharded_names(model: nn.Module) -> list[str]:
-    """The names of the parameters that are spread over processes, after :func:`reshard`."""
+    """The names of the sharded parameters, after a call of :func:`reshard`."""
     reshard(model)
     return [name for name, p in model.named_parameters(remove_duplicate=False) if is_sharded(p)]
 
 
 def spread(model: nn.Module) -> str:
-    """Which parameters are spread over processes, as the beginning of a message; empty if none are.
+    """The beginning of a message that names the sharded parameters; empty if there are none.
 
     Example:
         ``"fc1.weight, fc2.weight of the Net are spread over processes"``
@@ -176,13 +181,14 @@ def spread(model: nn.Module) -> str:
 
 
 def refuse_sharded(model: nn.Module, what: str, remedy: str = "do it before the model is sharded") -> None:
-    """Refuse something that needs whole weights in one process.
+    """Check that no parameter is sharded, for operations that need whole weights in one process.
 
     Args:
-        what: What it is, such as "a measurement of what groups cost".
+        what: The operation, such as "a measurement of what groups cost", for the message.
+        remedy: What the user can do, for the message.
 
     Raises:
-        OptionError: Parameters are spread over processes.
+        OptionError: Parameters are sharded over processes.
     """
     if where := spread(model):
         raise OptionError(
@@ -191,9 +197,9 @@ def refuse_sharded(model: nn.Module, what: str, remedy: str = "do it before the 
 
 
 def reshard(model: nn.Module) -> None:
-    """Let modules of ``fully_shard`` hold their shards again.
+    """Make modules of ``fully_shard`` hold their shards again.
 
-    After a forward without a backward the outermost module holds whole parameters. Does not communicate.
+    After a forward without a backward, the outermost module holds whole parameters. Does not communicate.
     """
     for module in model.modules():
         if is_fully_sharded(module):
@@ -202,16 +208,16 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_fully_sharded(module: Any) -> bool:
-    """Whether ``fully_shard`` was called with this very module."""
+    """Whether ``fully_shard`` was called with this module itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Refuse a model whose parameters no longer have rows.
+    """Check that parameters are not flattened or moved by FSDP1 or DeepSpeed's ZeRO-3, so that they have no rows.
 
     Raises:
-        OptionError: The model is wrapped by FSDP1 or DeepSpeed's ZeRO-3.
+        OptionError: The model is wrapped by one of these.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
@@ -235,12 +241,12 @@ def refuse_flattened(model: nn.Module) -> None:
 
 @contextmanager
 def whole(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """While inside, treat a model as one of a single process: of its own class, without hooks for distribution, and
-    without ``DTensor`` parameters.
+    """Context manager in which a sharded model is as in a single process: it has its own class, no hooks for
+    distribution, and no ``DTensor`` parameters.
 
     Args:
-        values: The tensors to hold meanwhile, by all of their names. By default those that are spread over processes
-            are replaced by ones on ``meta``, without entries, and all others stay.
+        values: The tensors that the model then has, by all of their names. By default, sharded tensors are replaced by
+            tensors on ``meta``, and all others stay.
     """
     reshard(model)
     made: dict[int, Tensor] = {}
@@ -270,9 +276,9 @@ def whole(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Itera
 
 @torch.no_grad()
 def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a model, whole, by all of their names.
+    """All parameters and buffers of a model as whole tensors, by all of their names.
 
-    In the first process they are on the CPU; in the others the dict is empty. One tensor is gathered at a time.
+    In the first process they are on the CPU; in the others the dict is empty. Tensors are gathered one at a time.
     Communicates.
     """
     reshard(model)
@@ -289,11 +295,11 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def in_the_first(model: nn.Module) -> Iterator[bool]:
-    """While inside, a model that is spread over processes is whole in the first of them, on the device that it computes
-    on; in the others it is unchanged. Communicates.
+    """Context manager in which a sharded model is whole in the first process, on the device of its mesh; in other
+    processes it is unchanged. Communicates.
 
     Yields:
-        Whether this process has all of the model.
+        Whether this process has the whole model.
     """
     if not sharded_names(model):
         yield True
@@ -308,10 +314,10 @@ def in_the_first(model: nn.Module) -> Iterator[bool]:
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """The mesh of processes over which parameters of a model are spread; ``None`` if none are.
+    """The mesh of processes over which parameters of a model are sharded; ``None`` if none are.
 
     Raises:
-        OptionError: There are several meshes, and none of them has the processes of all others.
+        OptionError: There are several meshes, and none of them contains the processes of all others.
     """
     meshes: dict[DeviceMesh, None] = {}
     for p in model.parameters():
@@ -338,7 +344,7 @@ def is_first(model: nn.Module) -> bool:
 
 
 def from_first(model: nn.Module, thing: Any) -> Any:
-    """The object that the first process of a model's mesh passes, in all of them; it is pickled. Communicates."""
+    """The object that the first process of a model's mesh passes, on all processes; it is pickled. Communicates."""
     mesh = mesh_of(model)
     if mesh is None:
         return thing
@@ -349,9 +355,9 @@ def from_first(model: nn.Module, thing: Any) -> Any:
 
 
 def require_sendable(thing: Any) -> None:
-    """Raise whatever pickle raises for a thing that :func:`from_first` could not send, or that others could not read.
+    """Raise the exception of ``pickle`` for an object that :func:`from_first` could not send, or others not read.
 
-    After a message that cannot be read the processes would no longer wait for the same ones.
+    If a message could not be read, the processes would no longer wait for the same messages.
     """
     held = io.BytesIO()
     pickle.Pickler(held).dump(thing)
@@ -361,22 +367,22 @@ def require_sendable(thing: Any) -> None:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What the first process tells the others when it could not make what they wait for."""
+    """Sent by the first process instead of a result if making that failed."""
 
     kind: type[OTOError]
     message: str
 
 
 def made_by_first(model: nn.Module, make: Callable[[], T], send: Callable[[T], Any], otherwise: type[OTOError]) -> T:
-    """What the first process makes of the whole model, on all of them. If it fails, every process raises an error.
+    """Make something from the whole model in the first process, and return it on all of them.
 
-    Communicates: every process of the mesh has to call it.
+    If that fails, every process raises an error. Communicates.
 
     Args:
         make: Called in the first process, while the model is whole there.
-        send: Gives to :func:`from_first` what the others are to have of it, once the model is spread over processes
-            again. What cannot be pickled fails before anything is sent.
-        otherwise: The error of the other processes if that of the first one is none of ``oto``'s.
+        send: Called with the result once the model is sharded again; passes what other processes get to
+            :func:`from_first`. Objects that cannot be pickled must raise before anything is sent.
+        otherwise: The error class of the other processes if the error of the first one is not an ``OTOError``.
     """
     values = gathered(model)
     if is_first(model):
@@ -392,12 +398,12 @@ def made_by_first(model: nn.Module, make: Callable[[], T], send: Callable[[T], A
         return made
     sent: T | _Failure = from_first(model, None)
     if isinstance(sent, _Failure):
-        failure = sent.kind.__new__(sent.kind)  # a class may put its argument into a text of its own
+        failure = sent.kind.__new__(sent.kind)  # the constructor may make another message from its argument
         failure.args = (f"{sent.message}\n  at      the first process, which makes the slim model for all",)
         raise failure
     return sent
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether any tensor is spread over processes."""
+    """Whether any tensor is sharded over processes."""
     return any(map(is_sharded, tensors))

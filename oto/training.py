@@ -58,7 +58,7 @@ class Training:
         return None if self.ref is None else self.ref()
 
     def inside(self, wrapper: Any) -> SparseOptimizer:
-        """The sparse optimizer that ``wrapper`` is, or has as ``.optimizer``; by default the one that was made last.
+        """The sparse optimizer ``wrapper``, or the one in its ``.optimizer``; by default the one that was made last.
 
         Raises:
             ShrinkError: There is none.
@@ -93,15 +93,16 @@ class Training:
 def make(
     analysis: Analysis, kind: type[Sparse], params: Params | None, options: Mapping[str, Any], **supplied: Any
 ) -> tuple[Training, Sparse]:
-    """A sparse optimizer for an analyzed model.
+    """Make a sparse optimizer for an analyzed model.
 
     Args:
-        params: By default all of the model. They need no names.
+        kind: The class of the optimizer.
+        params: Parameters or parameter groups, which need no names; by default all parameters of the model.
         options: The options of ``kind``.
         **supplied: Further values from the analysis.
 
     Raises:
-        OptionError: ``kind`` has no such option.
+        OptionError: ``kind`` has no such option; or as for ``kind``.
         ModelChangedError, TooLateError: Parameters that would be zeroed were renamed or frozen since the analysis, or
             some have other shapes.
     """
@@ -126,11 +127,11 @@ def make(
 
 
 def _fold(analysis: Analysis, options: Mapping[str, Any]) -> Fold | None:
-    """How what stays takes over what goes, if it is asked for; the model is not kept alive.
+    """The compensation that the options define, or ``None``; it holds only a weak reference to the model.
 
     Raises:
-        OptionError: An option means nothing or is missing, or there are several processes.
-        DummyInputError: A batch is nothing that the model can be called with, and there is no ``loss``.
+        OptionError: An option is invalid or missing, or there are several processes.
+        DummyInputError: There is no ``loss``, and a batch is not a valid input of the model.
     """
     kind, batches, loss = (options.get(name) for name in ("compensate", "batches", "loss"))
     if kind is None:
@@ -170,10 +171,14 @@ def _fold(analysis: Analysis, options: Mapping[str, Any]) -> Fold | None:
 def make_for_adapters(
     analysis: Analysis, params: Params | None, options: Mapping[str, Any]
 ) -> tuple[Analysis, Training, LHSPG]:
-    """LHSPG for an analyzed model with adapters, whose ranks stay whole from now on; the analysis with that.
+    """Make LHSPG for an analyzed model with adapters, whose ranks stay whole from now on.
+
+    Returns:
+        The analysis in which ranks stay whole, the training, and the optimizer.
 
     Raises:
-        OptionError: Frozen weights stay whole, or no adapter was found; or as :func:`make`.
+        OptionError: The analysis keeps frozen weights whole, or no adapter was found; or as in :func:`make`.
+        NothingPrunableError: No other group is prunable.
     """
     refuse_layers_alone(analysis.model)
     if not analysis.prune_frozen:
@@ -197,7 +202,7 @@ def make_for_adapters(
 
 
 def _warn_of_adapters(analysis: Analysis, optimizer: SparseOptimizer) -> None:
-    """Warn where frozen weights would be chosen by the gradients of the adapters beside them."""
+    """Warn if groups of frozen weights with adapters would be chosen by gradients, which these weights do not have."""
     adapted = {adapter.weight for adapter in adapters(analysis.graph)} if analysis.prune_frozen else set()
     zeroed = dict.fromkeys(piece.parameter for group in optimizer.node_groups for piece in group.zeros)
     blind = [name for name in zeroed if name in adapted]
@@ -214,11 +219,12 @@ def _warn_of_adapters(analysis: Analysis, optimizer: SparseOptimizer) -> None:
 
 
 def require_named(analysis: Analysis) -> None:
-    """Refuse a model whose parameters have other names than in the analysis, as they get from a module put around some,
-    or other shapes, as a new head has.
+    """Check that parameters have the same names and shapes as in the analysis.
+
+    A module that was wrapped since has other names, and a new head has other shapes.
 
     Raises:
-        ModelChangedError: What would be zeroed is not found by its name, or some parameter has another shape.
+        ModelChangedError: A parameter that would be zeroed is not found by its name, or one has another shape.
     """
     zeroed = dict.fromkeys(piece.parameter for group in analysis.groups if group.prunable for piece in group.zeros)
     there = dict(analysis.model.named_parameters(remove_duplicate=False))
@@ -241,7 +247,11 @@ def require_named(analysis: Analysis) -> None:
 
 
 def compare_frozen(analysis: Analysis) -> None:
-    """Refuse parameters that were frozen since the analysis; warn of those that are trained now."""
+    """Check whether parameters were frozen since the analysis, and warn about those that are no longer frozen.
+
+    Raises:
+        TooLateError: Parameters that would be zeroed were frozen, and ``prune_frozen`` is not set.
+    """
     frozen, unfrozen = frozen_since(analysis.groups, analysis.graph, analysis.model)
     if frozen and not analysis.prune_frozen:
         raise TooLateError(

@@ -1,4 +1,4 @@
-"""Where in a user's code something happens: the nearest line outside of torch and this package."""
+"""Find the line of a user's code in which something happens: the innermost one outside torch and this package."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def is_foreign(filename: str) -> bool:
 
 
 def _is_users(filename: str) -> bool:
-    """Whether a source file belongs to none of torch, this package and Python's own library."""
+    """Whether a source file belongs neither to torch, nor to this package, nor to Python's standard library."""
     return is_foreign(filename) and ("site-packages" in filename or not filename.startswith(_PYTHON))
 
 
 def line_of(failure: BaseException) -> str:
-    """``file:line`` of the innermost frame outside torch and this package in which an exception was raised."""
+    """``file:line`` of the innermost frame of a user's code in the traceback of an exception; empty if none."""
     own = [f for f in traceback.extract_tb(failure.__traceback__) if _is_users(f.filename)]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def user_line(outside: FrameType) -> str:
-    """``file:line`` of the code that called what calls this; empty if torch's own code did all of it.
+    """``file:line`` of the innermost frame of a user's code that is running; empty if there is none in the model.
 
     Args:
-        outside: The frame that runs the model. What called that is no code of the model.
+        outside: The frame that runs the model; it and its callers are not code of the model.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame is not outside:

@@ -1,4 +1,4 @@
-"""Node groups and zero-invariant groups: how they are found, which must stay whole, and what they cost."""
+"""Find node groups and zero-invariant groups, decide which stay whole, and compute their cost."""
 
 from oto.groups.cost import Cost, Costs, cost
 from oto.groups.node_group import Cut, NodeGroup, Slice

@@ -1,9 +1,9 @@
-"""Find adapters: products of low rank that are added to a product with a frozen weight, ``W x + γ B (A x)``.
+"""Find adapters: low-rank products that are added to a product with a frozen weight, ``W x + γ B (A x)``.
 
-A weight and its adapter are one operator with the matrix ``W + γ B A``. Row ``g`` of that is zero if row ``g`` of ``W``
-and row ``g`` of ``B`` are, and column ``g`` if column ``g`` of ``W`` and of ``A`` are. Adapters are found by the calls
-that the model makes, whichever library its layers come from. A weight may have several. Adapters that compute something
-else are not found, such as DoRA, which rescales the whole sum.
+A weight and its adapter are one operator with the matrix ``W + γ B A``. Row ``g`` of this matrix is zero if row ``g``
+of ``W`` and row ``g`` of ``B`` are zero; column ``g`` is zero if column ``g`` of ``W`` and of ``A`` are. Adapters are
+found from the recorded calls, so they may come from any library. A weight may have several adapters. Adapters that
+compute something else are not found, for example DoRA, which rescales the whole sum.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONVS = {"conv1d", "conv2d", "conv3d"}
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of a weight.
+    """A low-rank adapter of a frozen weight.
 
     Attributes:
         weight, down, up: Names of the parameters ``W``, ``A`` and ``B``; ``A`` is ``(r, in, *kernel)``, ``B`` is
@@ -53,15 +53,16 @@ class Adapter:
         return self.combined(tensors[self.up].detach(), tensors[self.down].detach()) * self.scale
 
     def factor(self, dim: int) -> tuple[str, int]:
-        """The factor that shares a dimension with ``W``, and the dimension that it is in the factor."""
+        """The name of the factor that shares dimension ``dim`` of ``W``, and the index of this dimension in it."""
         return (self.up, 0) if dim == (1 if self.turned else 0) else (self.down, 1)
 
 
 def adapters(graph: Graph) -> tuple[Adapter, ...]:
     """The adapters of a model, in the order of its calls.
 
-    Left out are adapters of convolutions with groups, of a weight that is trained, with a frozen factor, and those
-    whose weight or factor is tied or read elsewhere, too. Their parameters are treated like those of any other layer.
+    An adapter is left out if it belongs to a grouped convolution, if its weight is trainable, if one of its factors is
+    frozen, or if its weight or a factor is tied or has another reader. Its parameters are then treated like those of
+    any other layer.
     """
     return tuple(_Finder(graph).found())
 
@@ -75,7 +76,7 @@ def ranks_in(groups: Sequence[NodeGroup], adapters: Sequence[Adapter]) -> dict[s
 
 
 def halves_in(groups: Sequence[NodeGroup], adapters: Sequence[Adapter]) -> dict[str, None]:
-    """Names of the segments that end at the addition of an adapter: the weight without it, or it without the weight."""
+    """Names of the segments that contain only one side of an adapter's addition: the frozen weight or the adapter."""
     found: dict[str, None] = {}
     for group in groups:
         zeros = {piece.parameter for piece in group.zeros}
@@ -86,7 +87,7 @@ def halves_in(groups: Sequence[NodeGroup], adapters: Sequence[Adapter]) -> dict[
 
 @dataclass(frozen=True)
 class _Product:
-    """``weight`` times ``x``."""
+    """The product of ``weight`` and ``x``."""
 
     x: Value
     weight: Leaf
@@ -132,7 +133,7 @@ class _Finder:
         )
 
     def _base(self, value: Value, x: Value) -> _Product | None:
-        """The product with ``x`` among the terms of a sum."""
+        """The product with ``x`` among the summands of ``value``; ``None`` if there is none."""
         value = self._through(value)
         node = self.maker.get(value)
         if node is not None and _called(node) == "add":
@@ -150,7 +151,7 @@ class _Finder:
         return value
 
     def _scaled(self, value: Value) -> tuple[Value, float]:
-        """The value without the numbers that it is multiplied with, and their product."""
+        """The value before its multiplications with and divisions by numbers, and the resulting factor."""
         scale, value = 1.0, self._through(value)
         while (node := self.maker.get(value)) is not None and _called(node) in ("mul", "div"):
             first, second = node.args[:2]
@@ -172,7 +173,8 @@ class _Finder:
 
 
 def _operands(node: Node) -> tuple[Value, Value, bool, bool] | None:
-    """The input and the weight of a product, whether the weight is ``(in, out)``, and whether there is a bias."""
+    """Input and weight of a product, whether the weight is ``(in, out)``, and whether it has a bias; ``None`` for other
+    calls."""
     name, args = _called(node), node.args
     if name == "linear" or (name in CONVS and _whole(node)):
         return args[0], args[1], False, len(args) > 2 and args[2] is not None

@@ -1,10 +1,10 @@
-"""Keep the sizes of weights at multiples that kernels and quantizers take.
+"""Keep the sizes of weights at the multiples that kernels and quantizers require.
 
-The size of the dimension counts, not the number of its atoms. A dimension may be a product: 8 heads of 16 entries are
-128, a multiple of 32, and so are any 2, 4 or 6 of the heads. So the multiple is divided among the factors of the
-dimension. First it is divided by what each factor is a multiple of in any case. Of what is left, the innermost factor
-takes as much as divides its size, so that the width of heads is kept at a multiple before their number is. Every
-segment of a sum (fused projections, concatenated branches) has to be a multiple by itself.
+The requirement concerns the size of the dimension, not its number of atoms. A dimension may be a product: 8 heads of 16
+entries are 128 entries, a multiple of 32, and so are any 2, 4 or 6 of the heads. Therefore the multiple is divided
+among the factors of the dimension. First it is divided by the multiple that each factor has in any case. The innermost
+factor then takes the largest divisor of the rest that divides its size, so the head width is constrained before the
+number of heads. Every segment of a sum (fused projections, concatenated branches) must satisfy the multiple by itself.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from oto.groups.node_group import Cut, NodeGroup, Slice
 from oto.groups.policy import matching
 
 Align = int | str | Mapping[str, int]
-"""A multiple for all weights; the name of a preset; or multiples by names or globs of parameters."""
+"""One multiple for all weights, the name of a preset, or a mapping from parameter names or globs to multiples."""
 
 PRESETS = {"gguf": (32, 1), "gguf-k": (256, 1), "marlin": (128, 64), "cuda": (8, 8)}
-"""The multiples for the last dimension of a weight, which is a row in the file, and for its other dimensions.
+"""For each preset, the multiples for the last dimension of a weight (a row in the file) and for its other dimensions.
 
-GGUF cuts rows into blocks of 32 (Q4_0 to Q8_0) or 256 (k-quants), and leaves rows that do not divide as wide as they
-were. Marlin, the kernel of GPTQ and AWQ in vLLM, wants 128 inputs and 64 outputs at a time. Tensor cores read 16 bytes:
-8 entries of two bytes."""
+GGUF divides rows into blocks of 32 (Q4_0 to Q8_0) or 256 entries (k-quants), and does not quantize rows that do not
+divide evenly. Marlin, the kernel of GPTQ and AWQ in vLLM, requires multiples of 128 inputs and 64 outputs. Tensor cores
+read 16 bytes: 8 entries of two bytes."""
 
 ON_CUDA = 8
-"""The default of optimizers if the parameters are on a CUDA device."""
+"""The default multiple of optimizers if the parameters are on a CUDA device."""
 
 KERNEL_ROW = 8
-"""Entries of 16 bytes in the narrowest dtype that is trained in. ``torch._grouped_mm`` refuses rows of another size."""
+"""Number of entries in 16 bytes of the narrowest dtype used for training. ``torch._grouped_mm`` only accepts rows whose
+size in bytes is a multiple of 16."""
 
 Place = tuple[str, int]
 """A parameter and one of its dimensions."""
@@ -40,18 +41,18 @@ Place = tuple[str, int]
 def multiples(
     groups: Sequence[NodeGroup], align: Align, weights: Collection[str] | None = None, divisible: int = 1
 ) -> list[int]:
-    """The multiple for the kept count of each group, so that sizes of dimensions are multiples as ``align`` asks.
+    """The number that each group's kept count must be a multiple of, so that dimension sizes satisfy ``align``.
 
     Args:
         groups: Node groups; those that are not prunable keep their sizes.
         align: See :data:`Align`.
-        weights: Parameters that a product reads; others, such as tables and biases, are not considered. ``None``: all
-            parameters of two and more dimensions.
-        divisible: What every count is a multiple of in any case.
+        weights: Parameters that a product reads; others, such as tables and biases, are not considered. By default, all
+            parameters with at least two dimensions.
+        divisible: A number that every kept count is a multiple of anyway.
 
     Raises:
-        OptionError: ``align`` is no positive number, and no preset.
-        UnknownParameterError: A glob of it matches no parameter.
+        OptionError: ``align`` is neither a positive integer nor a preset, or a value of the mapping is not positive.
+        UnknownParameterError: A name or glob in ``align`` matches no parameter.
     """
     multiple_of = {g.name: lcm(g.divisor, divisible) if g.prunable and not g.segment else g.size for g in groups}
     places: dict[Place, list[tuple[NodeGroup, Slice]]] = {}
@@ -63,7 +64,7 @@ def multiples(
     def factors(place: Place) -> int:
         return sum(group.prunable for group, _ in places[place])
 
-    for place in sorted(needs, key=factors):  # where only one group is free, it gets all of it, and others need less
+    for place in sorted(needs, key=factors):  # a single free group must take the whole multiple, so it goes first
         _share([(group, piece.cuts) for group, piece in places[place]], needs[place], multiple_of)
     ties: dict[str, int] = {}
     steps = {g.name: per for g, per in zip(groups, atoms_per_step(groups).tolist(), strict=True)}
@@ -81,7 +82,7 @@ def multiples(
 
 
 def _needs(places: Iterable[Place], align: Align, weights: Collection[str] | None) -> dict[Place, int]:
-    """The multiple for each dimension of a weight, if it is more than 1."""
+    """The multiple for each dimension of a weight, where it is above 1."""
     last: dict[str, int] = {}
     for name, dim in places:
         last[name] = max(last.get(name, 0), dim)
@@ -122,13 +123,13 @@ _Piece = tuple[NodeGroup, Sequence[Cut]]
 
 
 def _share(pieces: Sequence[_Piece], need: int, multiple_of: dict[str, int]) -> int:
-    """Divide the multiple of one dimension, or of a segment of it, among its groups: ``multiple_of`` is changed.
+    """Divide the multiple of one dimension, or of a segment of it, among its groups; changes ``multiple_of``.
 
     Args:
-        need: What the size has to be a multiple of.
+        need: The number that the size must be a multiple of.
 
     Returns:
-        The divisor of ``need`` that the size is a multiple of now.
+        The divisor of ``need`` that the size is now a multiple of.
     """
     by_place: dict[tuple[int, int], list[_Piece]] = {}
     for group, cuts in pieces:
@@ -153,7 +154,7 @@ def _share(pieces: Sequence[_Piece], need: int, multiple_of: dict[str, int]) -> 
 
 
 def _held(same: Sequence[_Piece], multiple_of: Mapping[str, int]) -> int:
-    """What one factor of a dimension is a multiple of, whichever atoms are kept."""
+    """The number that the size of one factor of a dimension is a multiple of, whichever atoms are kept."""
     if len(same[0][1]) == 1:
         ((group, _),) = same
         return gcd(multiple_of[group.name], group.size)
@@ -167,7 +168,7 @@ def _held(same: Sequence[_Piece], multiple_of: Mapping[str, int]) -> int:
 
 
 def _segments(same: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-    """The groups in each segment of a sum, with the cuts inside of the segment."""
+    """For each segment of a sum, its groups with their cuts inside the segment."""
     inside: dict[int, list[_Piece]] = {}
     for group, cuts in same:
         inside.setdefault(cuts[0].offset, []).append((group, cuts[1:]))

@@ -1,13 +1,13 @@
-"""What becomes of a concatenation without one of its arguments, if that is zero for every input.
+"""Decide whether a concatenation can be computed without one of its arguments that is zero for every input.
 
-The dimension that it lays its arguments along is a sum of terms (:mod:`oto.axes.terms`), in which the argument has its
-own. Without any atom of the axes of that term the sum is shorter, and so is every parameter that reads it. A branch may
-go so if
+The concatenated dimension is a sum of terms (:mod:`oto.axes.terms`), one for each argument. If no atom is left of the
+axes in an argument's term, the sum is shorter, and so is every parameter that reads it. A branch can be removed like
+this if
 
-* these axes are its own: outside of what computes it they only occur in such sums, in which all that it is laid beside
-  is found, too;
-* behind it, where its entries are zero, no step notices if they are not there. That is the proof of
-  :mod:`oto.axes.invariance`, which begins here at the argument instead of at the parameters.
+* these axes belong to it alone: outside the calls that compute it, they occur only in sums that also contain all other
+  arguments of the concatenation;
+* after the concatenation, no step's other results depend on whether these zero entries exist. This is the proof of
+  :mod:`oto.axes.invariance`, started at the argument instead of at the parameters.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from oto.groups.partition import Segment, occurrences
 from oto.trace.graph import Leaf, Node, Value
 
 CAT = torch.ops.aten.cat.default
-"""The operator that lays tensors one after the other."""
+"""The concatenation operator."""
 
 
 class CannotGo(Exception):
-    """A concatenation needs one of its arguments; never leaves this package.
+    """An argument of a concatenation cannot be removed. Internal to this package: callers catch it.
 
     Attributes:
+        reason: Why not.
         cause: Index of the call that is the reason, if one is.
     """
 
@@ -45,7 +46,7 @@ class CannotGo(Exception):
 
 @dataclass(eq=False)
 class Beside:
-    """A network whose branches are laid beside others."""
+    """A network with concatenated branches, with results of the analysis that its branches share."""
 
     found: Propagation
     _terms: dict[Place, Term] = field(default_factory=dict, init=False)
@@ -54,10 +55,10 @@ class Beside:
     _cuts: dict[Place, dict[Axis, list[tuple[Cut, ...]]]] = field(default_factory=dict, init=False)
 
     def proved(self, segment: Segment) -> Segment:
-        """A segment with its axes, and with what has to be zero besides what writes it.
+        """The segment with ``axes`` and ``behind`` set.
 
         Raises:
-            CannotGo: It is not proved that the concatenations do without it.
+            CannotGo: It cannot be proved that its concatenations can be computed without it.
         """
         branch = _Branch(self, segment)
         axes = branch.axes()
@@ -66,12 +67,12 @@ class Beside:
 
     @cached_property
     def visits(self) -> Mapping[Axis, list[Visit]]:
-        """For each axis that may be removed the steps that touch it."""
+        """For each axis that may be removed, the steps that touch it."""
         return self._followed[0]
 
     @cached_property
     def places(self) -> Mapping[Axis, list[Place]]:
-        """For each axis that may be removed the dimensions of tensors that carry it."""
+        """For each axis that may be removed, the tensor dimensions that carry it."""
         found: dict[Axis, list[Place]] = {}
         for tensor, dims in enumerate(self._followed[1]):
             for dim, axes in enumerate(dims):
@@ -81,7 +82,7 @@ class Beside:
 
     @cached_property
     def makers(self) -> Mapping[int, int]:
-        """The call that makes each tensor."""
+        """For each computed tensor, the index of the call that computes it."""
         return {step.output: step.node for step in self.found.tape.steps}
 
     @cached_property
@@ -91,11 +92,11 @@ class Beside:
 
     @cached_property
     def leaves(self) -> Mapping[int, Leaf]:
-        """The tensors of the model by their index."""
+        """The model's parameters, buffers and constants by the index of their tensor."""
         return {self.found.operands[leaf.value].index: leaf for leaf in self.found.graph.leaves}
 
     def term(self, tensor: int, dim: int) -> Term:
-        """What a dimension of a tensor is made of; looked up once, as many branches meet there."""
+        """The resolved term of a dimension of a tensor; cached, since many branches share it."""
         if (tensor, dim) not in self._terms:
             self._terms[tensor, dim] = resolve(self.found.tape.tensors[tensor][dim])
         return self._terms[tensor, dim]
@@ -109,18 +110,18 @@ class Beside:
         return self._sums[term[0]]
 
     def arguments(self, node: Node, dim: int) -> tuple[Mapping[Value, frozenset[Axis]], Mapping[Axis, int]]:
-        """The axes of each argument of a concatenation, and of how many arguments each axis is one."""
+        """The axes of each argument of a concatenation, and the number of arguments that each axis occurs in."""
         if node.index not in self._arguments:
             given = {value: self.axes_in(self.along(value, dim)) for value in node.inputs() if 0 not in value.shape}
             self._arguments[node.index] = given, Counter(axis for axes in given.values() for axis in axes)
         return self._arguments[node.index]
 
     def along(self, value: Value, dim: int) -> Term:
-        """What a value is made of in a dimension."""
+        """The resolved term of a value's dimension."""
         return self.term(self.found.operands[value].index, dim)
 
     def cuts(self, tensor: int, dim: int) -> Mapping[Axis, list[tuple[Cut, ...]]]:
-        """Where the atoms of each axis are in a dimension of a tensor."""
+        """For each axis in a dimension of a tensor, the strided views of its atoms."""
         if (tensor, dim) not in self._cuts:
             made: dict[Axis, list[tuple[Cut, ...]]] = {}
             self._cuts[tensor, dim] = made
@@ -134,7 +135,7 @@ class Beside:
 
 
 class _Branch:
-    """One branch, and the concatenations that it goes into."""
+    """One branch and the concatenations that take it."""
 
     def __init__(self, network: Beside, segment: Segment) -> None:
         self.network, self.found, self.body = network, network.found, segment.body
@@ -147,11 +148,15 @@ class _Branch:
         self.alone: dict[Sum, bool] = {}
 
     def _index(self, value: Value) -> int:
-        """The tensor of a value."""
+        """The index of a value's tensor."""
         return self.found.operands[value].index
 
     def axes(self) -> tuple[Axis, ...]:
-        """Those of which no atom is left without it."""
+        """The axes that have no atom left without the branch.
+
+        Raises:
+            CannotGo: The axes are not the branch's own, or the branch has none.
+        """
         if any(dim_of(node) != self.dim for node in self.joints):
             raise CannotGo("it is laid beside others along several dimensions (cat)", self.joints[-1].index)
         own = frozenset().union(*(self.network.axes_in(self.network.along(value, self.dim)) for value in self.edges))
@@ -160,10 +165,10 @@ class _Branch:
         return tuple(axes)
 
     def behind(self, axis: Axis) -> list[Slice]:
-        """What has to be zero behind the concatenation, so that no step notices if zeros of an axis are not there.
+        """The slices of later parameters that must be zero so that removing the zero entries of an axis is exact.
 
         Raises:
-            CannotGo: Some step would, whatever is zero.
+            CannotGo: Removal would not be exact whichever parameters are zero.
         """
         steps = self.network.visits.get(axis, [])
         rest = [visit for visit in steps if visit.step.node not in self.body]
@@ -187,7 +192,11 @@ class _Branch:
         return tensor in self.network.leaves and self.network.leaves[tensor].may_be_zeroed
 
     def _others(self, node: Node, own: Collection[Axis]) -> Set[Axis]:
-        """The axes that a concatenation lays beside those of the branch."""
+        """The axes of a concatenation's other arguments.
+
+        Raises:
+            CannotGo: One of them shares axes with the branch, or has none.
+        """
         given, counts = self.network.arguments(node, self.dim)
         mine = [given[value] for value in self.edges if value in given]
         if all(given.values()) and all(counts[axis] == sum(axis in axes for axes in mine) for axis in own):
@@ -199,7 +208,11 @@ class _Branch:
         return counts.keys() - own
 
     def _gone(self, term: Term) -> list[Axis]:
-        """Axes without whose atoms no entry of a term is left."""
+        """Axes of the branch such that no entry of the term is left once they have no atoms.
+
+        Raises:
+            CannotGo: There are none.
+        """
         why = CannotGo("it is one entry wide along what it is laid beside others (cat)", self.joints[0].index)
         for i, factor in enumerate(term):
             try:
@@ -212,7 +225,7 @@ class _Branch:
         raise why
 
     def _require_own(self, axis: Axis) -> None:
-        """Refuse an axis that is found elsewhere, or not beside all that the branch is laid beside."""
+        """Raise ``CannotGo`` if an axis is fixed, or occurs outside the branch other than in its concatenations."""
         if axis.fixed is not None:
             reason = f"it is laid beside others (cat), and its channels stay whole: {axis.fixed.text}"
             raise CannotGo(reason, axis.fixed.node)
@@ -226,7 +239,7 @@ class _Branch:
                 raise CannotGo(f"it is laid beside others (cat), and its channels are those of {where}, too", maker)
 
     def _is_beside(self, axis: Axis, term: Term) -> bool:
-        """Whether an axis is found in a term only beside all that the branch is laid beside."""
+        """Whether an axis occurs in a term only within sums that contain all other arguments of a concatenation."""
         for factor in term:
             if factor is axis:
                 return False
@@ -240,7 +253,7 @@ class _Branch:
 
 
 def dim_of(node: Node) -> int:
-    """The dimension that a concatenation lays its arguments along."""
+    """The dimension of a concatenation, counted from 0."""
     dim: int = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     ranks = {len(value.shape) for value in node.inputs() if 0 not in value.shape}
     return dim % max(ranks)

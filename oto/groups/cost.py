@@ -1,9 +1,9 @@
-"""The cost of a network, and of what is left after any removal, without building a model.
+"""Compute the cost of a network, before and after any removal, without building a model.
 
 Every size in the network is a sum of products of counts (:mod:`oto.axes.terms`), so every cost is a polynomial in the
 numbers of atoms that the node groups keep. For example, two linear layers 8 → h → 3 have ``8h + h + 3h + 3``
-parameters. :func:`cost` evaluates it in plain integers. :class:`Costs` writes it out once, so that a choice among many
-thousands of atoms can ask for totals and for marginal costs without walking the graph.
+parameters. :func:`cost` evaluates it in plain integers. :class:`Costs` expands it once, so that total and marginal
+costs of a choice among many thousands of atoms are computed without walking the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from oto.trace.graph import Leaf, Value
 
 @dataclass(frozen=True)
 class Cost:
-    """Plain integers. One MAC is two FLOPs.
+    """The cost of a network, in plain integers. One MAC is two FLOPs.
 
     Attributes:
         params: Entries of all parameters; a tied one counts once.
@@ -43,10 +43,11 @@ class Cost:
 
 
 def cost(partition: Partition, kept: Mapping[str, int] | None = None, without: Collection[str] = ()) -> Cost:
-    """The exact cost if each group named in ``kept`` keeps this many atoms; others are whole.
+    """The exact cost of a network of which some atoms are kept.
 
     Args:
-        without: Names of parameters and buffers that are left out.
+        kept: Number of atoms that each named group keeps; other groups are whole.
+        without: Names of parameters and buffers that do not count.
     """
     counts = partition.counts(kept or {})
 
@@ -64,7 +65,7 @@ HELD = ("parameter", "buffer")
 """The kinds of tensors whose bytes count."""
 
 MOST_SHARED = 6
-"""A tensor that more segments read counts as there in a polynomial, whose terms double with each of them."""
+"""If more sets of segments read a tensor, polynomials count it as always present: its terms double with each set."""
 
 _NOTHING: Mapping[Axis, tuple[Axis, ...]] = {}
 
@@ -75,9 +76,10 @@ def _params(partition: Partition, without: Collection[str] = ()) -> Products:
 
 
 def _unshared(partition: Partition) -> Iterator[tuple[Leaf, int, Sequence[Term]]]:
-    """What is to be added for tensors of the model that several segments read, which are gone where all of these are.
+    """Correction terms for the model's tensors that only segments read, and that are gone if all of these are.
 
-    Where a, b, c are 1 for segments that are there, it is there 1 - (1 - a) (1 - b) (1 - c) times, and not once.
+    If a, b, c are 1 for segments that are present and 0 for others, such a tensor counts 1 - (1 - a) (1 - b) (1 - c)
+    times instead of once. Yields the tensor, the sign of a term of this expansion, and the term's factors.
     """
     for leaf, sets in partition.shared.items():
         terms = partition.found.terms(leaf.value)
@@ -89,7 +91,7 @@ def _unshared(partition: Partition) -> Iterator[tuple[Leaf, int, Sequence[Term]]
 
 
 def _gated(partition: Partition, leaf: Leaf) -> Sequence[Term]:
-    """The terms of a tensor of the model, with the axes of the segments that it lies in."""
+    """The terms of a parameter, buffer or constant, times the axes of the segments that it lies in."""
     terms, gate = partition.found.terms(leaf.value), partition.gates.get(leaf)
     return terms if gate is None else (*terms, gate)
 
@@ -109,7 +111,7 @@ def _macs(partition: Partition) -> Products:
 
 
 def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
-    """Every product of the forward in eval mode: the index of its node, and the terms of its volume."""
+    """Every product of the forward pass in eval mode: the index of its node, and the terms of its volume."""
     nodes, gates = len(partition.found.graph.nodes), partition.gates
     for step in partition.found.tape.steps:
         if step.volume is not None and step.node < nodes:
@@ -118,8 +120,11 @@ def _products(partition: Partition) -> Iterator[tuple[int, Sequence[Term]]]:
 
 
 def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[int, int]:
-    """Multiply–adds of each call that has any, by the index of its node, if each group in ``kept`` keeps this many
-    atoms; others are whole."""
+    """Multiply–adds of each call that has any, by the index of its node.
+
+    Args:
+        kept: Number of atoms that each named group keeps; other groups are whole.
+    """
     counts = partition.counts(kept or {})
     macs: dict[int, int] = {}
     for node, volume in _products(partition):
@@ -128,7 +133,7 @@ def macs_by_node(partition: Partition, kept: Mapping[str, int] | None = None) ->
 
 
 def macs_by_module(partition: Partition, kept: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The same by the name of the module that makes the calls, ``""`` for the model itself."""
+    """Multiply–adds by the name of the module that makes the calls; ``""`` is the model itself."""
     nodes = partition.found.graph.nodes
     macs: dict[str, int] = {}
     for index, own in macs_by_node(partition, kept).items():
@@ -138,10 +143,10 @@ def macs_by_module(partition: Partition, kept: Mapping[str, int] | None = None) 
 
 @dataclass(frozen=True)
 class Extent:
-    """How large a network is, in plain numbers that outlive it.
+    """The size of a network, in plain numbers that hold no reference to it.
 
     Attributes:
-        cost: In all.
+        cost: Total cost.
         macs: Multiply–adds by module.
         sizes: Atoms of each node group, by its name.
     """
@@ -152,17 +157,17 @@ class Extent:
 
     @classmethod
     def of(cls, partition: Partition, groups: Iterable[NodeGroup]) -> Extent:
-        """That of an analyzed network."""
+        """The extent of an analyzed network."""
         return cls(cost(partition), macs_by_module(partition), {group.name: group.size for group in groups})
 
 
 def weights(partition: Partition, of: str = "") -> frozenset[str]:
-    """The parameters of two and more dimensions that a product (linear, convolution, matmul) multiplies with.
+    """Names of the parameters with at least two dimensions that are a factor of a product (linear, conv, matmul).
 
-    Tables that are indexed first, as those of embeddings and positions, are not among them.
+    Tables that are indexed first, such as embeddings, are not included.
 
     Args:
-        of: Only products whose operator has this in its name.
+        of: Consider only products whose operator has this in its name.
     """
     tape, graph = partition.found.tape, partition.found.graph
     calls = {node.index: node for node in graph.calls}
@@ -188,10 +193,10 @@ def weights(partition: Partition, of: str = "") -> frozenset[str]:
 class Polynomial:
     """A cost as a function of counts: a sum of coefficients times products of counts.
 
-    Exact as long as coefficients are whole and the total is below 2^53 (9e15).
+    Exact as long as coefficients are integers and the total is below 2^53 (9e15).
 
     Args:
-        monomials: For each product, as the sorted indices of its counts, the coefficient.
+        monomials: The coefficient of each product of counts; the key holds the sorted indices of these counts.
         size: Number of counts.
 
     Example:
@@ -220,11 +225,11 @@ class Polynomial:
         return products
 
     def tied(self, ties: NDArray[np.int64], per: NDArray[np.int64] | None = None) -> Polynomial:
-        """The same cost as a function of the counts of ties.
+        """The same cost as a function of one count per tie.
 
         Args:
-            ties: The tie of each count.
-            per: How many times the count of its tie each count is; 1 by default.
+            ties: Index of each count's tie, shape ``(size,)``.
+            per: Each count divided by the count of its tie, shape ``(size,)``; 1 by default.
         """
         total: _Sparse = {}
         for indices, coefficient in self._monomials.items():
@@ -237,7 +242,7 @@ class Polynomial:
         return float(self._products(counts).sum())
 
     def marginal(self, counts: NDArray[np.int64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
-        """How much is saved if one count alone gets smaller by ``fewer``, for each count; shapes ``(size,)``."""
+        """For each count, how much is saved if this count alone decreases by ``fewer``; shapes ``(size,)``."""
         if not counts.all():
             return self._marginal_at_zeros(counts.astype(np.float64), fewer)
         now = np.maximum(counts, 1).astype(np.float64)
@@ -247,7 +252,7 @@ class Polynomial:
         return total
 
     def _marginal_at_zeros(self, now: NDArray[np.float64], fewer: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The same where some counts are zero, as those of segments may be: of these, what more of them would cost."""
+        """:meth:`marginal` if some counts are zero, such as those of removed segments, without dividing by them."""
         filled = np.where(now == 0, 1.0, now)
         products = self.coefficients * np.append(filled, 1.0)[self.factors].prod(axis=1)
         is_zero = now[self._index] == 0
@@ -265,8 +270,9 @@ class Costs:
 
     Attributes:
         names: The prunable groups, in the order of the counts.
-        sizes: Their atoms in the full network.
-        weights: The parameters of two and more dimensions that products multiply with.
+        sizes: Their numbers of atoms in the full network, shape ``(groups,)``.
+        params, macs, bytes: The costs; see :class:`Cost`.
+        weights: See :func:`weights`.
     """
 
     names: tuple[str, ...]
@@ -278,7 +284,7 @@ class Costs:
 
     @classmethod
     def of(cls, partition: Partition, groups: Iterable[NodeGroup]) -> Costs:
-        """Write the costs out as polynomials; groups that are not prunable count as whole."""
+        """Expand the costs into polynomials; groups that are not prunable count as whole."""
         prunable = [group for group in groups if group.prunable and group.size]
         index = {partition.axes[group.name]: i for i, group in enumerate(prunable)}
         shared = list(_unshared(partition))
@@ -302,10 +308,12 @@ _Sparse = dict[tuple[int, ...], float]
 def polynomial(
     products: Products, index: Mapping[Axis, int], going: Mapping[Axis, tuple[Axis, ...]] = _NOTHING
 ) -> Polynomial:
-    """A sum of coefficients times products of sizes, in the counts of the axes in ``index``.
+    """Expand a sum of coefficients times products of sizes into a polynomial in counts.
 
     Args:
-        going: For each axis that has no atom left without some segments, the axes of these.
+        products: The coefficients, each with the terms of its sizes.
+        index: The axes that have a count, with its index; other axes are whole.
+        going: For each axis that has no atom left without some segments, the axes of these segments.
     """
     total: _Sparse = {}
     known: dict[Term, _Sparse] = {}

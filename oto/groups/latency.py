@@ -1,13 +1,14 @@
-"""Milliseconds of a forward pass as a function of the atoms that are kept, from timing each call at a few widths.
+"""Predict the milliseconds of a forward pass from the numbers of kept atoms, by timing each call at a few widths.
 
-The recorded calls are run one after the other on random tensors, with all node groups at each of a few widths, and each
-call is timed. Its time is then fitted as
+The recorded calls are run one after the other on random tensors, at a few widths of all node groups, and each call is
+timed. Its time is then fitted as
 
     milliseconds  =  a  +  b · (multiply–adds)  +  c · (entries that it reads and writes)          a, b, c ≥ 0
 
-Both factors are polynomials in the counts, so the whole is a :class:`~oto.groups.cost.Polynomial`: every atom saves
-something, and how much is known without a loop over atoms. What this leaves out (overhead of the model's Python code,
-caches, kernels that are faster at some widths) is corrected by measuring slim models; see :mod:`oto.slim.latency`.
+Multiply–adds and entries are polynomials in the counts, so the total is a :class:`~oto.groups.cost.Polynomial`, and the
+saving of each atom is computed without a loop over atoms. Effects that the fit leaves out (overhead of the model's
+Python code, caches, kernels that are faster at some widths) are corrected by measuring slim models; see
+:mod:`oto.slim.latency`.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ from oto.trace.graph import Node, Value
 log = logging.getLogger(__name__)
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125)
-"""Widths that are measured, as shares of the atoms of every node group."""
+"""The measured widths, as shares of the atoms of every node group."""
 
 PASSES = (2, 7)
-"""How many times each width is run, at least and at most; the shortest time of each call counts."""
+"""Minimum and maximum number of passes at each width; the shortest time of each call is used."""
 
 SECONDS = 1.0
-"""Each width is run again until this much time has passed."""
+"""Passes at a width are repeated until this much time has passed."""
 
 SLOPE = 1e-3
-"""At least this share of a call's time is taken to fall with its size, even if noise or overhead hides that. Without
-it, a table of equal times could not tell choices apart."""
+"""At least this share of a call's time is assumed to decrease with its size, even if noise or overhead hides that.
+Otherwise, equal times at all widths would give no reason to prefer one choice over another."""
 
 
 def latency_table(partition: Partition, costs: Costs, device: torch.device, divisible: int = 1) -> Polynomial:
     """Milliseconds of a forward pass on ``device`` as a function of the counts of ``costs``.
 
     Args:
-        divisible: Widths are measured at multiples of this, as those of a choice will be.
+        divisible: Measure only widths that are multiples of this, like those of a later choice.
     """
     axes = [partition.axes[name] for name in costs.names]
     widths = [{axis: _width(axis.size, share, divisible) for axis in axes} for share in SHARES]
@@ -88,7 +89,7 @@ def _size(terms: Sequence[Term], counts: Mapping[Axis, int]) -> int:
 
 
 def fitted(times: Sequence[float], work: Sequence[float], traffic: Sequence[float]) -> tuple[float, float, float]:
-    """Coefficients ``a, b, c >= 0`` for which ``a + b * work + c * traffic`` is closest to the times.
+    """Least-squares fit of the times as ``a + b * work + c * traffic`` with ``a, b, c >= 0``.
 
     Example:
         >>> a, b, c = fitted([7.0, 3.5, 1.8], [20.0, 5.0, 0.0], [10.0, 5.0, 2.0])
@@ -110,10 +111,10 @@ def fitted(times: Sequence[float], work: Sequence[float], traffic: Sequence[floa
 
 
 class Replay:
-    """The recorded calls on random tensors, at the widths of the given counts.
+    """Runs the recorded calls on random tensors, at the widths given by ``counts``.
 
-    The result of an operator is passed to those after it, so that tensors are laid out in memory as in the model. If an
-    operator fails, or returns a different shape because that depends on values, random numbers take its place.
+    Results are passed on to later calls, so that tensors have the same memory layout as in the model. If an operator
+    fails, or returns another shape because the shape depends on values, its result is replaced by random numbers.
     """
 
     def __init__(self, partition: Partition, counts: Mapping[Axis, int], device: torch.device) -> None:
@@ -123,7 +124,7 @@ class Replay:
         self.tensors: dict[Value, Tensor] = {}
 
     def milliseconds(self) -> list[float]:
-        """The shortest time of each call over several passes; 0 if it cannot be run."""
+        """The shortest time of each call over several passes; 0 if it failed in one of them."""
         passes: list[list[float]] = []
         begin = clock.now()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -163,14 +164,14 @@ class Replay:
     def _tensor(self, value: Value) -> Tensor:
         if value not in self.tensors:
             shape, dtype = self._shape(value), value.dtype
-            wide = dtype.is_floating_point or dtype.is_complex  # others may be indices, and zero is always a valid one
+            wide = dtype.is_floating_point or dtype.is_complex  # others may be indices; zero is always a valid index
             fill = torch.rand if wide else torch.zeros
             self.tensors[value] = fill(shape, dtype=dtype, device=self.device)
         return self.tensors[value]
 
 
 def timed(op: Any, args: Any, kwargs: Any, device: torch.device) -> tuple[float, list[Any]]:
-    """Milliseconds of a call, and what it returns."""
+    """The milliseconds that a call takes, and the leaves of its result."""
     clock.synchronize(device)
     start = clock.now()
     result = op(*args, **kwargs)

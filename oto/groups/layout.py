@@ -1,10 +1,11 @@
-"""Uniform layouts: repeated blocks keep equally many atoms, each block its own best ones.
+"""Uniform layouts: repeated blocks keep equally many atoms, and each block keeps its own best ones.
 
-A config states one number for all blocks of a kind. So the node groups of a *tie* keep equally many atoms, but not the
-same ones. Ties are plain data of the groups (:attr:`NodeGroup.tie`), which the optimizer and the constructor obey.
+A config holds one number for all blocks of a kind. Therefore the node groups of a *tie* keep equally many atoms, but
+not the same ones. Ties are plain data of the groups (:attr:`NodeGroup.tie`), which the optimizer and the constructor
+read.
 
-Groups of different sizes may be tied, too: a residual stream of 128 channels and its 8 heads of 16 keep the same share.
-Such a tie counts in steps, of 16 atoms of the stream and one head; see :func:`atoms_per_step`.
+Groups of different sizes may be tied as well: a residual stream of 128 channels and its 8 heads of width 16 keep the
+same share. Such a tie is counted in steps, here of 16 atoms of the stream and one head; see :func:`atoms_per_step`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ LAYOUTS = (None, "free", "uniform", "stock")
 
 
 def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]:
-    """Tie the groups that are at the same place of repeated blocks, with slices of the same form.
+    """Tie the groups at the same place of repeated blocks: those of equal size whose slices have the same form.
 
-    Blocks are repeated where an ``nn.ModuleList`` or ``nn.Sequential`` holds several of one class.
+    Blocks are repeated if an ``nn.ModuleList`` or ``nn.Sequential`` holds several modules of one class.
     """
     star = _starred(model)
     alike: dict[object, list[NodeGroup]] = {}
@@ -47,7 +48,11 @@ def tied(groups: Sequence[NodeGroup], model: nn.Module) -> tuple[NodeGroup, ...]
 
 
 def merge_ties(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tuple[NodeGroup, ...]:
-    """Tie further groups, by their names; ties that share a group become one."""
+    """Tie further groups.
+
+    Args:
+        ties: The names of the groups in each tie; ties that share a group are merged, also with existing ones.
+    """
     named = {group.name: group.tie or group.name for group in groups}
     names: dict[str, str] = {}
 
@@ -66,13 +71,13 @@ def merge_ties(groups: Sequence[NodeGroup], ties: Iterable[Sequence[str]]) -> tu
 
 
 def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> tuple[NodeGroup, ...]:
-    """Tie each residual stream to the heads that are as wide as it, so that its width divided by the heads is theirs.
+    """Tie each residual stream to the heads with the same total width, so that head width = stream width / heads.
 
-    They are found by weights from heads × width to the stream, or back. The width of a head stays whole, and so does
-    the number of queries per key. If either the stream or the heads stay whole, both do.
+    They are found by weights that map heads × width to the stream, or back. The head width and the number of queries
+    per key stay whole. If either the stream or the heads stay whole, both do.
 
     Args:
-        weights: The parameters that products multiply with.
+        weights: Names of the parameters that are a factor of a product (:func:`oto.groups.cost.weights`).
     """
     ties: list[tuple[str, str]] = []
     whole: dict[str, None] = {}
@@ -90,8 +95,8 @@ def as_wide_as_heads(groups: Sequence[NodeGroup], weights: Collection[str]) -> t
 def streams(
     groups: Sequence[NodeGroup], weights: Collection[str]
 ) -> Iterator[tuple[NodeGroup, list[NodeGroup], list[NodeGroup]]]:
-    """For each residual stream the heads that are as wide as it, the outermost factor first, and the groups of their
-    width."""
+    """Each residual stream with the head groups of the same total width, outermost factor first, and the groups of the
+    head width."""
     places: dict[str, dict[int, list[tuple[NodeGroup, Slice]]]] = {}
     for group in groups:
         for piece in group.slices if group.size else ():
@@ -110,7 +115,7 @@ def streams(
 
 
 def _starred(model: nn.Module) -> Callable[[str], str]:
-    """A function that replaces the indices of repeated blocks in the names of parameters by stars."""
+    """A function that replaces the indices of repeated blocks in parameter names by stars."""
     modules = dict(model.named_modules(remove_duplicate=False))
     repeated: set[str] = set()
     for path, module in modules.items():
@@ -127,7 +132,7 @@ def _starred(model: nn.Module) -> Callable[[str], str]:
 
 
 def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
-    """Make the groups of each tie agree: if one stays whole all do, and all keep the largest minimum of any."""
+    """Make the groups of each tie consistent: if one stays whole, all do; all have the largest minimum among them."""
     groups = tuple(groups)
     per = dict(zip((group.name for group in groups), atoms_per_step(groups).tolist(), strict=True))
     whole: dict[str, NodeGroup] = {}
@@ -149,7 +154,11 @@ def settled(groups: Iterable[NodeGroup]) -> tuple[NodeGroup, ...]:
 
 
 def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
-    """How many atoms of each group one step of its tie is, shape ``(groups,)``; 1 if all of its sizes are equal."""
+    """The number of atoms of each group in one step of its tie, shape ``(groups,)``; 1 for groups without a tie.
+
+    The sizes of a tie's groups are divided by their greatest common divisor. If all of them are equal, so are the
+    numbers of atoms that the groups keep, and a step is one atom of each.
+    """
     common: dict[str, int] = {}
     for group in groups:
         if (tie := _tie(group)) is not None:
@@ -158,18 +167,18 @@ def atoms_per_step(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
 
 
 def _tie(group: NodeGroup) -> str | None:
-    """The tie of a node group; none of one that went with a segment, and has no atom to be counted with others."""
+    """The tie of a node group; ``None`` for a group without atoms, such as one removed with a segment."""
     return group.tie if group.size else None
 
 
 def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[NodeGroup, ...]:
-    """Keep whatever tensor parallelism cuts into ``devices`` equal parts divisible: heads, key and value heads, FFNs.
+    """Keep sizes divisible that tensor parallelism splits into ``devices`` equal parts: heads, key/value heads, FFNs.
 
-    A dimension that is a product (heads × width) is cut along its outermost factor. If that is no multiple of
-    ``devices``, the factor inside of it has to provide the rest. A group whose size is not divisible stays whole.
+    A dimension that is a product (heads × width) is split along its outermost factor. If that is not a multiple of
+    ``devices``, the next inner factor must provide the rest. A group whose size is not divisible stays whole.
 
     Raises:
-        TargetError: ``devices`` is no positive number.
+        TargetError: ``devices`` is not a positive integer.
     """
     if not isinstance(devices, Integral) or devices < 1:
         raise TargetError(f"tensor_parallel is {devices!r}; it is the number of devices, at least 1")
@@ -185,7 +194,7 @@ def apply_tensor_parallel(groups: Sequence[NodeGroup], devices: int) -> tuple[No
 
 
 def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
-    """The number of each group's tie, shape ``(groups,)``; a group without a tie has its own number."""
+    """The index of each group's tie, shape ``(groups,)``; a group without a tie has an index of its own."""
     numbers: dict[object, int] = {}
     keys = [(i,) if _tie(group) is None else group.tie for i, group in enumerate(groups)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
@@ -194,16 +203,16 @@ def ties_of(groups: Sequence[NodeGroup]) -> NDArray[np.int64]:
 def equalize_ties(
     groups: Sequence[NodeGroup], kept: Kept, by: str = "the layout", idle: Collection[str] = ()
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    """Keep as many atoms in every group of a tie as the largest one keeps, in multiples of the divisor.
+    """Make every group of a tie keep as many atoms as the one that keeps most, in multiples of the divisor.
 
-    The atoms that are kept in addition are zero, so the network computes the same.
+    The additional atoms are zero, so the network computes the same function.
 
     Args:
-        by: What requires it, for the sentences.
-        idle: Groups that lie in what is not computed: whatever atoms they keep, they keep as many as the others.
+        by: What requires equal counts, for the sentences.
+        idle: Groups in segments that are not computed. They get the count of the others, and do not influence it.
 
     Returns:
-        The atoms that are kept, and a sentence on each tie that was uneven.
+        The kept atoms, and a sentence about each tie whose groups kept different numbers.
     """
     most: dict[str, int] = {}
     prunable = [group for group in groups if group.prunable and group.size]
@@ -235,11 +244,16 @@ def equalize_ties(
 
 
 def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, list[int]]:
-    """A random choice of ``share`` of all atoms of the prunable groups, within the limits of each group, and of sets of
-    segments of which some stay.
+    """Choose ``share`` of all atoms of the prunable groups at random.
+
+    The choice respects the minimum, divisor and tie of each group, and keeps enough segments of each set that needs
+    some.
+
+    Returns:
+        The chosen (pruned) atoms of each group of which some are chosen.
 
     Raises:
-        TargetError: ``share`` is no share, or would leave a group with fewer atoms than its minimum.
+        TargetError: ``share`` is not in [0, 1), or cannot be reached within the minimums of the groups.
     """
     if not isinstance(share, Real) or not share >= 0:
         raise TargetError(f"target_group_sparsity is {share!r}; it is the share of groups that goes, in [0, 1)")
@@ -252,7 +266,7 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
     for tie, group, per in zip(ties.tolist(), prunable, atoms_per_step(prunable).tolist(), strict=True):
         members.setdefault(tie, []).append((group, per))
     order = {group.name: generator.permutation(group.size) for group in prunable}
-    # a step takes atoms of every group of a tie, in multiples of their divisor
+    # a step removes atoms of every group of a tie, in multiples of their divisor
     steps: list[tuple[int, int]] = []
     by = {tie: max(-(-group.divisor // per) for group, per in same) for tie, same in members.items()}
     for tie, same in members.items():

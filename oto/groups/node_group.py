@@ -1,8 +1,8 @@
-"""Node groups: one axis of the network with every parameter slice it names.
+"""Node groups: one axis of the network with every parameter slice that carries it.
 
-An *atom* is one entry of the axis. A *zero-invariant group* (ZIG) is one atom of a prunable node group: zero the
-entries of its ``zeros`` slices, and the network computes what it would compute without the atom (OTO v1, section 3;
-OTOv2, section 4).
+An *atom* is one entry of the axis. A *zero-invariant group* (ZIG) is one atom of a prunable node group: if the entries
+of its ``zeros`` slices are zero, the network computes the same as without the atom (OTO v1, section 3; OTOv2, section
+4).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cut:
-    """One step into a dimension: view it as ``(before, middle, after)`` and take ``length`` entries of the middle."""
+    """One step into a dimension: view it as ``(before, middle, after)``, and take ``length`` entries of the middle one
+    from ``offset`` on."""
 
     before: int
     middle: int
@@ -29,8 +30,8 @@ class Cut:
 class Slice:
     """Where the atoms of a node group lie in one dimension of one parameter.
 
-    The dimension may be a product (heads × width) or a sum (concatenated branches), so the atoms are reached by a few
-    strided views and never by a list of indices.
+    The dimension may be a product (heads × width) or a sum (concatenated branches). The atoms are always a few strided
+    views of it, so no list of indices is needed.
     """
 
     parameter: str
@@ -39,18 +40,18 @@ class Slice:
 
     @classmethod
     def whole(cls, parameter: str, shape: Sequence[int]) -> Slice:
-        """All of a parameter as the entries of a single atom."""
+        """The slice of a whole parameter, as the entries of a single atom."""
         return cls(parameter, 0, (Cut(1, 1, shape[0], 0, 1),) if shape else ())
 
     def as_one(self) -> Slice:
-        """The entries of all atoms as those of a single one."""
+        """The slice with the entries of all its atoms as those of a single atom."""
         *outer, last = self.cuts
         return replace(self, cuts=(*outer, Cut(1, 1, last.before * last.middle * last.after, 0, 1)))
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view of ``tensor`` that holds the group's entries, shape ``(size, *rest)``; row ``a`` is atom ``a``."""
         dim = self.dim
-        if not tensor.ndim:  # one that is a number has no dimension to cut, and is whole
+        if not tensor.ndim:  # a scalar has no dimension to cut; it is taken whole
             return tensor.unsqueeze(0)
         for cut in self.cuts:
             if cut.before != 1 or cut.after != 1:
@@ -63,22 +64,22 @@ class Slice:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """One axis of the network, with every slice of a parameter that it runs through.
+    """One axis of the network, with every parameter slice that carries it.
 
     Attributes:
-        name: Unique, stable for the same model: the first parameter slice it names.
+        name: Unique, stable for the same model: a parameter of the group, numbered if several groups share it.
         size: Number of atoms.
-        slices: Every slice that disappears with an atom.
+        slices: Every slice that is removed with an atom.
         zeros: The slices that must be zero for the removal to be exact; a subset of ``slices``.
         reason: Why the group stays whole; ``None`` if it is prunable.
-        cause: Index of the call that is the reason, if a call is.
-        min_kept: Least number of atoms to keep.
+        cause: Index of the call that is the reason, if one is.
+        min_kept: Minimum number of atoms to keep.
         quiet: Whether all gradients of an atom's ``slices`` are exactly zero once these are zero.
-        tie: Groups of the same tie keep equally many atoms, each its own; ``None`` if the count is free.
+        tie: Groups of the same tie keep equally many atoms, not necessarily the same; ``None`` if the count is free.
         divisor: The kept count is a multiple of this; it divides ``size``.
-        segment: Whether its one atom is a segment (:mod:`oto.groups.segments`), which may go like any other atom, and
-            of which every slice is a whole parameter, or of entries behind a concatenation that have to be zero, too.
-        among: For a segment, the sets of segments that it is one of, each with the number of those that stay.
+        segment: Whether the only atom is a segment (:mod:`oto.groups.segments`), which can be removed like any atom.
+            Each of its slices is a whole parameter, or the entries after a concatenation that must be zero as well.
+        among: For a segment, the sets of segments that it belongs to, each with the number of members that must stay.
     """
 
     name: str
@@ -100,9 +101,9 @@ class NodeGroup:
 
     @property
     def factor(self) -> str | None:
-        """Which factor of a dimension it is: ``"[12]×64"`` for heads, ``"12×[64]"`` for their width.
+        """The factor of a dimension that the group is: ``"[12]×64"`` for heads, ``"12×[64]"`` for their width.
 
-        ``None`` if its atoms are the entries of the dimension themselves, or it is a segment.
+        ``None`` if the atoms are the entries of the dimension themselves, or if the group is a segment.
         """
         if self.segment:
             return None
@@ -116,7 +117,7 @@ class NodeGroup:
         """Set the ``zeros`` of some atoms to zero, in place, without autograd.
 
         Args:
-            tensors: By the names of parameters; the model's own, or those of a copy.
+            tensors: Tensors by the names of parameters; the model's own, or those of a copy.
             atoms: Indices of atoms, int64, on any device.
         """
         for piece in self.zeros if len(atoms) else ():
@@ -130,7 +131,7 @@ class NodeGroup:
         lines = [f"{self.name}: {atoms}, prunable, at least {self.min_kept} kept"]
         others = [piece for piece in self.slices if piece not in self.zeros]
         for word, pieces in (("zeroed", self.zeros), ("leaves", others)):
-            if pieces:  # those after `leaves` are removed with an atom, and need not be zero
+            if pieces:  # the slices listed after `leaves` are removed with an atom, but need not be zero
                 named = ", ".join(f"{piece.parameter}[{piece.dim}]" for piece in pieces[:5])
                 lines.append(f"  {word}  {named}{_more(pieces[5:])}")
         return "\n".join(lines)
@@ -141,19 +142,19 @@ def _more(rest: Sequence[Slice]) -> str:
 
 
 def computable(tensor: Tensor) -> Tensor:
-    """A tensor of 8-bit floats in float32, since torch has few operators for them; any other one as it is."""
+    """The tensor, converted to float32 if it holds 8-bit floats, for which torch has few operators."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def clear_(entries: Tensor, rows: Tensor) -> None:
-    """Set rows to zero, in place, whatever the dtype."""
+    """Set rows to zero, in place, for any dtype."""
     if computable(entries) is not entries:
         entries = entries.view(torch.uint8)  # zero has no bit set
     entries.index_fill_(0, rows.to(entries.device), 0)
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all entries are finite, as a bool tensor of no dimension: nothing is read back from a device."""
+    """Whether all entries are finite, as a bool tensor of shape ``()``, so that the device is not synchronized."""
     tensor = computable(tensor)
     if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.numel():
         return torch.stack(torch.aminmax(tensor.detach())).isfinite().all()  # one pass, 50 times as fast

@@ -1,7 +1,7 @@
 """Find the node groups of a network: one for each axis that a parameter carries.
 
 Example: the hidden axis of ``fc2(relu(fc1(x)))`` is carried by the rows of ``fc1.weight``, by ``fc1.bias`` and by the
-columns of ``fc2.weight``. So it is a node group of three slices, of which the first two are zeroed.
+columns of ``fc2.weight``. It is a node group of three slices, of which the first two must be zero.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ _WHOLE: Mapping[Axis, int] = {}
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A part of a network that is not computed once what it writes is zero; see :mod:`oto.groups.segments`.
+    """A part of a network that need not be computed if its result is zero; see :mod:`oto.groups.segments`.
 
     Attributes:
-        name: The module that ends it; unique, and no node group's.
-        axis: Its axis of size 1, one more factor of the size of all that is in it.
-        joint: Index of the addition that it goes into, or of the first concatenation or stack.
-        edge: What goes into it from the segment.
-        left: What an addition gives without the segment: its other argument. Of another joint, another argument.
-        made: What the joint gives.
+        name: Path of the module that computes its result; unique, and different from all node group names.
+        axis: Its axis of size 1: an additional factor of every size within the segment.
+        joint: Index of the addition that takes its result, or of the first concatenation or stack that does.
+        edge: The result of the segment, an argument of the joint.
+        left: The other argument of an addition, which is its result without the segment. For other joints, one of the
+            other arguments.
+        made: The result of the joint.
         writers: The parameters that must be zero.
-        body: Indices of the calls that only the joint reads the results of.
-        leaves: The tensors of the model that only these calls read.
-        into: Indices of the joints that are computed without it, too, if it is concatenated or stacked; none if it is
-            added.
-        axes: What it is concatenated with others by: axes that have no atom left without it. None in other joints.
-        behind: What else must be zero, as where a norm behind a concatenation would make something of zeros.
+        body: Indices of the calls whose results only reach the outputs through the joint.
+        leaves: The model's parameters, buffers and constants that only these calls read.
+        into: If the result is concatenated or stacked, the indices of all calls that do so, which are still computed
+            without the segment; empty for an addition.
+        axes: For a concatenation, the axes that have no atom left without the segment; empty for other joints.
+        behind: Slices that must be zero as well, for example where a norm after a concatenation maps zeros to nonzeros.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Partition:
         found: The terms of every dimension.
         groups: Every axis that a parameter carries, prunable or not, in the order of the parameters.
         axes: The axis of each group, and of each segment, by name.
-        segments: The parts that may go as a whole, if they were looked for.
+        segments: The segments, which can be removed as a whole; empty if they were not searched for.
     """
 
     found: Propagation
@@ -76,7 +77,7 @@ class Partition:
 
     @cached_property
     def gates(self) -> Mapping[int | Leaf, Term]:
-        """For each call (by its index) and each tensor of the model that lie in segments, the axes of these."""
+        """For each call (by its index) and each tensor of the model in segments, the axes of these segments."""
         found: dict[int | Leaf, Term] = {}
         for segment in self.segments:
             inside: list[int | Leaf] = [*segment.body, *segment.leaves]
@@ -86,8 +87,8 @@ class Partition:
 
     @cached_property
     def shared(self) -> Mapping[Leaf, tuple[frozenset[Axis], ...]]:
-        """For each tensor of the model that only segments read, and no single one: the axes of the segments around each
-        of its readers. It is gone where one of every set is."""
+        """For each tensor of the model that only segments read, but more than one: for each reader, the axes of the
+        segments around it. The tensor is gone if at least one axis of every set is."""
         around: dict[int, set[Axis]] = {}
         for segment in self.segments:
             for index in segment.body:
@@ -106,7 +107,7 @@ class Partition:
 
     @cached_property
     def going(self) -> Mapping[Axis, tuple[Axis, ...]]:
-        """For each axis that has no atom left without some segments, the axes of these."""
+        """For each axis that has no atom left without some segments, the axes of these segments."""
         found: dict[Axis, tuple[Axis, ...]] = {}
         for segment in self.segments:
             for axis in segment.axes:
@@ -114,25 +115,26 @@ class Partition:
         return found
 
     def erased(self, kept: Kept) -> list[Segment]:
-        """The segments of which nothing is kept."""
+        """The segments that are not kept."""
         return [segment for segment in self.segments if segment.name in kept and not len(kept[segment.name])]
 
     def counts(self, kept: Mapping[str, int]) -> dict[Axis, int]:
-        """For each group in ``kept``, how many atoms of its axis survive, without those that go with a segment."""
+        """For each group in ``kept``, the number of kept atoms of its axis; 0 if it is removed with a segment."""
         counts = {self.axes[name]: n for name, n in kept.items()}
         gone = {segment.axis for segment in self.segments if kept.get(segment.name) == 0}
         return counts | {axis: 0 for axis, own in self.going.items() if not gone.isdisjoint(own)}
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """Calls and leaves as nodes, data flow as edges; ``groups`` of each node are the groups that it carries.
+        """The data flow graph, with calls, leaves, inputs and outputs as nodes.
 
-        Nodes are called ``"node-12"`` (a call), ``"parameter fc.weight"``, ``"input 0"``, ``"output 0"``.
+        Nodes are called ``"node-12"`` (a call), ``"parameter fc.weight"``, ``"input 0"``, ``"output 0"``. The attribute
+        ``groups`` of a node holds the names of the node groups that it carries.
         """
         return _flow(self.found, {self.axes[group.name]: group.name for group in self.groups})
 
     def masks(self, kept: Kept) -> dict[Axis, NDArray[np.bool_]]:
-        """For each group in ``kept``, which atoms survive, without those that go with a segment."""
+        """For each group in ``kept``, which atoms of its axis are kept; none if it is removed with a segment."""
         masks = {}
         for name, indices in kept.items():
             axis = self.axes[name]
@@ -143,7 +145,7 @@ class Partition:
         return masks
 
     def entries(self, value: Value, kept: Kept) -> list[NDArray[np.bool_]]:
-        """For each dimension of a tensor, which entries survive."""
+        """For each dimension of a tensor, which entries are kept."""
         masks = self.masks(kept)
         return [survivors(term, masks) for term in self.found.terms(value)]
 
@@ -168,7 +170,7 @@ def partition(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
                 where.setdefault(axis, []).append(Slice(leaf.name, dim, cuts))
                 if leaf.value in reached:
                     used.add(axis)
-    for axis in where.keys() - used:  # heads that only training uses lose inputs, and nothing else
+    for axis in where.keys() - used:  # heads that only training uses can lose inputs, but no axes of their own
         axis.fixed = idle
     for axis, proof in proofs.items():
         if proof.zeros:
@@ -197,9 +199,9 @@ def _zeros(proof: Exact, slices: list[Slice]) -> tuple[Slice, ...]:
 
 
 def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> Partition:
-    """The node groups of a traced model, which hold in train mode too if that costs no atoms.
+    """The node groups of a traced model, which are valid in train mode as well if that costs no prunable atoms.
 
-    If it does, only the forward in eval mode is considered, and ``untrained`` of the graph says so.
+    If it would, only the forward pass in eval mode is considered, and ``untrained`` of the graph says so.
     """
     with_training = partition(graph, strict_out_nodes)
     if graph.trained is None:
@@ -215,12 +217,13 @@ def trainable(graph: Graph, strict_out_nodes: bool | frozenset[str] = False) -> 
 def pruned_groups(
     partition: Partition, groups: Sequence[NodeGroup], kept: Kept, present: Collection[str] | None = None
 ) -> tuple[NodeGroup, ...]:
-    """The same groups, with their slices in parameters that hold only the atoms in ``kept``, without those that went
-    with a segment of which nothing is kept.
+    """The groups of a pruned model: their slices in parameters that hold only the kept atoms.
+
+    Slices in parameters that were removed with a segment are left out.
 
     Args:
-        present: All names of the parameters that are left; one that is tied may have lost the first of its names. By
-            default none is lost.
+        present: The names of all remaining parameters; a tied parameter may have lost the first of its names. By
+            default all names remain.
     """
     counts = partition.counts({name: len(atoms) for name, atoms in kept.items()})
     gone = {leaf for segment in partition.erased(kept) for leaf in segment.leaves}
@@ -258,7 +261,7 @@ def pruned_groups(
 
 
 def occurrences(term: Term, counts: Mapping[Axis, int] = _WHOLE) -> Iterator[tuple[Axis, tuple[Cut, ...]]]:
-    """Every axis of a resolved term with the strided view of its atoms, if ``counts`` atoms of each are kept."""
+    """Every axis of a resolved term with the strided view of its atoms, if ``counts`` atoms of each axis are kept."""
     before, total = 1, count(term, counts)
     if not total:  # a parameter may be empty
         return

@@ -1,4 +1,4 @@
-"""Policies: which node groups stay whole because a user asked for it, or because their parameters are frozen.
+"""Policies: keep node groups whole because a user requested it, or because their parameters are frozen.
 
 Example: ``OTO(model, x, skip_patterns=["head.*"])`` keeps every group whole that would zero a parameter of ``head``.
 """
@@ -22,10 +22,11 @@ from oto.trace.graph import Graph
 
 
 def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The parameter names that the patterns (names or globs) stand for.
+    """The parameter names that match the patterns, which are names or globs.
 
     Raises:
-        UnknownParameterError: A pattern matches nothing; the message suggests the nearest name.
+        UnknownParameterError: A pattern matches nothing; the message suggests the nearest names.
+        OptionError: A pattern is not a string.
     """
     matches: list[str] = []
     for pattern in patterns:
@@ -42,10 +43,10 @@ def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def _text(name: Any) -> str:
-    """A name, if it is a text.
+    """Return a name.
 
     Raises:
-        OptionError: It is not.
+        OptionError: It is not a string.
     """
     if isinstance(name, str):
         return name
@@ -53,18 +54,19 @@ def _text(name: Any) -> str:
 
 
 Pattern: TypeAlias = str | type[nn.Module] | nn.Module
-"""Names parameters of a model: a name or glob of parameters or modules, a class of modules, or a module."""
+"""Selects parameters of a model: a name or glob of parameters or modules, a module class, or a module."""
 
 
 def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
-    """The names of all parameters that the patterns stand for.
+    """The names of all parameters that the patterns select.
 
     Args:
-        patterns: Names or globs of parameters or of modules (everything in them), classes of modules, or modules.
+        patterns: Names or globs of parameters or modules, module classes, or modules. A module selects all parameters
+            in it.
 
     Raises:
         UnknownParameterError: A pattern matches nothing.
-        OptionError: It is none of these.
+        OptionError: A pattern is none of these.
     """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -101,10 +103,10 @@ def parameters_of(patterns: Iterable[Pattern], model: nn.Module) -> list[str]:
 
 
 def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
-    """The names of the outputs that match the patterns, or are inside of one that does.
+    """The names of the outputs that match the patterns, or are nested in an output that a pattern names.
 
     Raises:
-        UnknownNodeError: There is none.
+        UnknownNodeError: A pattern matches no output.
     """
     matches: set[str] = set()
     for pattern in patterns:
@@ -121,13 +123,15 @@ def outputs_called(patterns: Iterable[str], graph: Graph) -> frozenset[str]:
 
 
 def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
-    """The node groups that run through some nodes of the graph.
+    """The names of the node groups that some nodes of the graph carry.
 
     Args:
-        ids: As in the drawing and in ``flow``: ``"node-12"`` or ``12`` for a call, ``"parameter fc.weight"``.
+        ids: Node names as in the drawing and in ``flow``: ``"node-12"`` or ``12`` for a call, ``"parameter fc.weight"``
+            for a parameter.
 
     Raises:
         UnknownNodeError: There is no such node.
+        OptionError: An id is neither a string nor an integer.
     """
     names = [f"node-{i}" if isinstance(i, int) else _text(i) for i in ids]
     for name in names:
@@ -142,13 +146,14 @@ def carried_by_nodes(ids: Iterable[str | int], flow: nx.DiGraph) -> set[str]:
 
 
 def carried_by_operators(operators: Iterable[str], flow: nx.DiGraph) -> set[str]:
-    """The node groups that run through the calls of some operators.
+    """The names of the node groups that the calls of some operators carry.
 
     Args:
         operators: ``"conv2d"``, ``"aten.conv2d"``, ``"aten.conv2d.default"``, or globs of these.
 
     Raises:
         UnknownNodeError: The model calls no such operator.
+        OptionError: An operator is not a string.
     """
     calls = {node: op for node, op in flow.nodes(data="op") if op}
     carried: set[str] = set()
@@ -182,7 +187,9 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
 
 
 def starred(name: str) -> str:
-    """The name of a parameter with stars for numbers, alike for repeated blocks; as it is, if nothing else names it.
+    """A parameter name with its numbers replaced by stars, so that repeated blocks get the same name.
+
+    A name whose module path has no letters is returned unchanged.
 
     >>> starred("blocks.3.fc1.weight"), starred("3.weight")
     ('blocks.*.fc*.weight', '3.weight')
@@ -191,16 +198,21 @@ def starred(name: str) -> str:
 
 
 def zeroing(groups: Iterable[NodeGroup], parameters: Iterable[str]) -> set[str]:
-    """The groups that would zero entries of one of ``parameters``.
+    """The names of the groups that would zero entries of one of ``parameters``.
 
-    Entries that are removed without being zeroed, as the columns of the next layer are, do not count.
+    Entries that are removed without having to be zero, such as the columns of the next layer, do not count.
     """
     protected = set(parameters)
     return {g.name for g in groups if any(piece.parameter in protected for piece in g.zeros)}
 
 
 def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -> tuple[NodeGroup, ...]:
-    """Let the groups of these names stay whole; a mapping gives the index of the call that is the reason for each."""
+    """Keep the prunable groups of these names whole.
+
+    Args:
+        names: Names of groups; a mapping also gives, for each, the index of the call that is the reason.
+        reason: Why they stay whole.
+    """
     causes = names if isinstance(names, Mapping) else dict.fromkeys(names)
     return tuple(
         replace(g, reason=reason, cause=causes[g.name]) if g.prunable and g.name in causes else g for g in groups
@@ -208,9 +220,11 @@ def keep_whole(groups: Sequence[NodeGroup], names: Iterable[str], reason: str) -
 
 
 def keep_but(groups: Sequence[NodeGroup], named: Container[str], flat: Container[str]) -> tuple[NodeGroup, ...]:
-    """Let groups stay whole that would zero entries of any parameter that is not in ``named``.
+    """Keep groups whole that would zero entries of a parameter that is not in ``named``.
 
-    Parameters of one dimension (biases, norms), which are in ``flat``, need not be named if the weights are.
+    Args:
+        named: Names of parameters.
+        flat: Names of parameters of one dimension (biases, norms), which need not be in ``named`` if the weights are.
     """
 
     def kept(group: NodeGroup) -> NodeGroup:
@@ -228,10 +242,10 @@ FROZEN = "frozen"
 
 
 def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, ...]:
-    """Let groups stay whole that would zero a frozen parameter (``requires_grad=False``).
+    """Keep groups whole that would zero a frozen parameter (``requires_grad=False``).
 
     A frozen layer whose inputs are removed still shrinks with the layer before it. But its entries are not set to zero
-    while training, so such a group is not quiet.
+    during training, so such a group is not quiet.
     """
     frozen = frozenset(leaf.name for leaf in graph.leaves if leaf.frozen)
 
@@ -246,7 +260,9 @@ def keep_frozen(groups: Sequence[NodeGroup], graph: Graph) -> tuple[NodeGroup, .
 
 
 def held_part(groups: Iterable[NodeGroup]) -> str | None:
-    """What stays whole because it is frozen, and what because a user asked for it: lines for a message about a target.
+    """Lines for a message about a target: what stays whole because it is frozen, or because a user requested it.
+
+    ``None`` if there is nothing to report.
 
     >>> from oto.groups.node_group import Slice
     >>> print(held_part([NodeGroup("fc", 8, (Slice("fc.weight", 0, ()),), reason="skip_patterns names it")]))
@@ -277,8 +293,12 @@ def _held(word: str, groups: Sequence[NodeGroup], since: str) -> str:
 
 
 def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Parameters that a group would zero and that were frozen since the graph was traced; and those that keep a group
-    whole and were unfrozen since."""
+    """Parameters whose ``requires_grad`` has changed since the graph was traced, as two lists.
+
+    Returns:
+        The parameters that a prunable group would zero and that are frozen now; and the parameters that keep a group
+        whole and are no longer frozen.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     was = {leaf.name: leaf.frozen for leaf in graph.leaves if leaf.kind == "parameter"}
     zeroed = dict.fromkeys(piece.parameter for group in groups if group.prunable for piece in group.zeros)
@@ -292,16 +312,16 @@ def frozen_since(groups: Iterable[NodeGroup], graph: Graph, model: nn.Module) ->
 
 
 MinKept = int | float | Mapping[str, int | float]
-"""The least number of atoms that node groups keep: an int; a share of their atoms, a float; or a mapping from names or
-globs of parameters or groups to either."""
+"""The minimum number of atoms that node groups keep: an int; a float, as a share of their atoms; or a mapping from
+names or globs of parameters or groups to either."""
 
 
 def keep_at_least(groups: Sequence[NodeGroup], minimum: MinKept) -> tuple[NodeGroup, ...]:
-    """Let every group keep at least ``minimum`` atoms; a group that has no more stays whole.
+    """Make every group keep at least ``minimum`` atoms; a group that has no more than that stays whole.
 
     Raises:
-        TargetError: A number is negative, or a share above 1.
-        UnknownParameterError: A name or glob matches no parameter that a prunable group would zero.
+        TargetError: A number is negative, a share is above 1, or a value is neither an int nor a float.
+        UnknownParameterError: A name or glob matches no group, and no parameter that a prunable group would zero.
     """
     if not isinstance(minimum, Mapping):
         return tuple(_keeping(group, atoms_of(minimum, group.size, "min_kept")) for group in groups)
@@ -326,10 +346,10 @@ def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
 
 
 def atoms_of(asked: int | float, size: int, option: str) -> int:
-    """The number of atoms that is asked for: an int itself, a float as a share of ``size``, rounded up.
+    """The number of atoms that an option requests: an int itself, or a float as a share of ``size``, rounded up.
 
     Raises:
-        TargetError: It is negative, or a share above 1.
+        TargetError: ``asked`` is negative, a share above 1, or neither an int nor a float.
 
     >>> atoms_of(0.55, 100, "min_kept"), atoms_of(0.3, 8, "min_kept"), atoms_of(5, 8, "min_kept")
     (55, 3, 5)
@@ -341,7 +361,7 @@ def atoms_of(asked: int | float, size: int, option: str) -> int:
 
 
 def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
-    if group.segment:  # it goes as a whole; how many stay is for min_depth to say
+    if group.segment:  # it has one atom; min_depth sets how many segments stay
         return group
     least = max(minimum, group.min_kept)
     if group.size > least or not group.prunable:
@@ -352,7 +372,7 @@ def _keeping(group: NodeGroup, minimum: int) -> NodeGroup:
 _FROZEN, _ASKED = "^frozen|no trainable", "marked|^skip_|^only|^layout|no more than"
 ERASE = "marked: compress_mode='erase' lets segments go, and nothing else"
 
-REMEDIES = (  # patterns of reasons, each with what a user may do about it, the most promising first
+REMEDIES = (  # patterns of reasons, each with what a user can do about it, the most promising first
     ("rule for", "add a rule for the operator without one (CONTRIBUTING.md)"),
     (
         _FROZEN,
@@ -376,16 +396,16 @@ _IN_THE_NATURE = "of an input|kernel of a conv|it is empty|of places|carries it"
 
 
 def promise(reason: str) -> int:
-    """The rank of a reason: first those that a user can do something about, last those that nobody can change."""
+    """The rank of a reason: low for reasons that a user can change, highest for those inherent to the model."""
     ours = (i for i, (text, _) in enumerate(REMEDIES) if re.search(text, reason))
     return next(ours, len(REMEDIES) + bool(re.search(_IN_THE_NATURE, reason)))
 
 
 def require_prunable(groups: Sequence[NodeGroup], graph: Graph) -> None:
-    """Raise unless something can be removed.
+    """Check that at least one group is prunable.
 
     Raises:
-        NothingPrunableError: Says why, reason by reason.
+        NothingPrunableError: No group is; the message lists the reasons.
     """
     if any(group.prunable for group in groups):
         return

@@ -1,17 +1,17 @@
-"""Find the weights that read an axis, which may be changed to make up for atoms that are removed.
+"""Find the weights that read an axis, which can be changed to compensate for removed atoms.
 
 A *reader* is a weight that some calls contract with computed tensors: ``y = W x``. If entries of ``x`` are removed, the
-others can approximate them, ``x_removed ≈ B x_kept + c``, and that can be folded into ``W`` (``optim/compensate.py``).
-For example, ``fc2.weight`` reads what ``fc1`` computes. Readers are found from the graph alone: every step of the tape
-that sums over letters which one computed tensor and one tensor of parameters share is such a product, be it a linear
+others can approximate them, ``x_removed ≈ B x_kept + c``, and this can be folded into ``W`` (``optim/compensate.py``).
+For example, ``fc2.weight`` reads the result of ``fc1``. Readers are found from the graph alone: every step of the tape
+that sums over dimensions shared by one computed tensor and one parameter is such a product, whether it is a linear
 layer, a convolution of any kind or an einsum. The values of weights do not matter.
 
-Where nothing can be folded, there is a reason:
+There are reasons why removed atoms cannot be folded:
 
-* A norm or a mean over the axis gives other numbers for all entries that stay.
-* A weight that is computed (a low-rank product, a dequantized or normalized one), or that has another role too (an
-  embedding table that is tied to the output layer), cannot be changed without changing something else.
-* A weight may be frozen.
+* A norm or a mean over the axis changes all entries that stay.
+* A weight that is computed (a low-rank product, a dequantized or normalized weight), or that has another use (an
+  embedding table tied to the output layer), cannot be changed without changing something else.
+* The weight is frozen.
 """
 
 from __future__ import annotations
@@ -35,21 +35,20 @@ from oto.groups.partition import Partition
 from oto.trace.graph import Leaf, Node, Value
 
 PART = 2**23
-"""Entries of an unrolled convolution's input that are in memory at one time, unless one image has more."""
+"""Maximum number of entries of a convolution's unrolled input in memory at a time, unless a single image has more."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """A view of a tensor as ``(*batch, *rest, *kernel, *contracted)``.
 
-    Dimensions are counted from the end, so that tensors with more or fewer leading ones have the same layout.
+    Dimensions are counted from the end, so that the layout applies to any number of leading dimensions.
 
     Attributes:
         splits: Dimensions that are products, outermost first, with the sizes of their factors.
-        batch: Dimensions, after the splits, that both factors and the result have: groups of a convolution, experts.
-        kernel: Dimensions of a weight that are summed over, and that the tensor does not have: the kernel of a
-            convolution.
-        contracted: Dimensions of both that are summed over.
+        batch: Dimensions (after the splits) of both operands and the result: groups of a convolution, experts.
+        kernel: Dimensions of the weight alone that are summed over: the kernel of a convolution.
+        contracted: Dimensions of both operands that are summed over.
     """
 
     splits: tuple[tuple[int, tuple[int, ...]], ...]
@@ -58,7 +57,7 @@ class Layout:
     contracted: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The view."""
+        """The view of a tensor."""
         for dim, sizes in self.splits:
             tensor = tensor.unflatten(dim, sizes)
         named = {*self.batch, *self.kernel, *self.contracted}
@@ -66,7 +65,7 @@ class Layout:
         return tensor.permute(*self.batch, *rest, *self.kernel, *self.contracted)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The view as ``(batch, rows, contracted)``, each flattened; a copy if memory does not allow for a view."""
+        """The tensor as ``(batch, rows, contracted)``, each flattened; a copy if its strides do not permit a view."""
         view = self.of(tensor)
         batch, last = len(self.batch), view.ndim - len(self.contracted)
         return view.reshape(prod(view.shape[:batch]), prod(view.shape[batch:last]), prod(view.shape[last:]))
@@ -74,7 +73,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution slides, for each dimension of its kernel, and its groups."""
+    """The arguments of a convolution: a number for each dimension of its kernel, and the number of groups."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -84,11 +83,18 @@ class Window:
 
     @property
     def size(self) -> int:
-        """Entries of the kernel."""
+        """Number of entries of the kernel."""
         return prod(self.kernel)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Entries of ``x (N, C, *size)`` under the kernel at each place, ``(groups, places, C / groups · kernel)``."""
+        """The entries of ``x`` under the kernel at each position.
+
+        Args:
+            x: Shape ``(N, C, *size)``.
+
+        Returns:
+            Shape ``(groups, N · positions, C / groups · kernel)``.
+        """
         n = len(self.kernel)
         x = torch.nn.functional.pad(x, [pad for by in reversed(self.padding) for pad in (by, by)])
         for dim, (k, by, apart) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
@@ -105,10 +111,11 @@ class Use:
     Attributes:
         node: The call.
         source: The computed tensor.
-        place: Its index, and that of the weight, among the tensors of the call's arguments.
-        layout: The view of the tensor.
-        window: How the weight slides along it, if it is the kernel of a convolution.
-        unrolled: Whether a row is all entries under the kernel at one place, and not the channels of one pixel.
+        place: Its index, and the weight's, among the tensors in the call's arguments.
+        layout: The layout of the computed tensor.
+        window: The arguments of the convolution, if the call is one.
+        unrolled: Whether a row holds all entries under the kernel at one position, instead of the channels of one
+            pixel.
     """
 
     node: Node
@@ -119,7 +126,7 @@ class Use:
     unrolled: bool = False
 
     def rows(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The rows of its tensor that it reads, ``(batch, rows, n)``; unrolled ones in parts that fit in memory."""
+        """The rows of the computed tensor, ``(batch, rows, n)``; unrolled ones in parts of at most ``PART`` entries."""
         if not self.unrolled or self.window is None:
             yield self.layout.rows(tensor)
         else:
@@ -130,18 +137,18 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A weight that reads entries of an axis, or of several.
+    """A weight that reads entries of one or more axes.
 
     Attributes:
-        parameter: Its name.
-        path: Views that lead from the parameter to the weight, each with the index among the call's results.
-        layout: The view of the weight; its contracted entries are those of ``term``.
+        parameter: Name of the parameter that the weight is a view of.
+        path: The view calls that lead from the parameter to the weight, each with the index of its result.
+        layout: The layout of the weight; its contracted entries are those of ``term``.
         term: The term of the entries that it reads.
         groups: The prunable node groups in the term.
-        uses: The calls that it is used by; statistics are taken over the inputs of all of them.
-        each: Entries of a row for each entry of the term: those of an unrolled kernel, or 1.
-        shift: Where a constant can be added to the result: the name of a bias and 1, or of the running mean of the norm
-            after it and -1.
+        uses: The calls that use it; statistics are taken over the inputs of all of them.
+        shift: Where a constant can be added to the result: the name of a bias and 1, or the name of the running mean of
+            the batch norm after it and -1; ``None`` if nowhere.
+        each: Number of entries of a row for each entry of the term: the size of an unrolled kernel, or 1.
     """
 
     parameter: str
@@ -155,18 +162,20 @@ class Reader:
 
     @property
     def sources(self) -> tuple[tuple[Value, Layout, Window | None], ...]:
-        """The tensors that it reads; readers with the same sources share their statistics."""
+        """The tensors that it is contracted with; readers with the same sources share their statistics."""
         return tuple((use.source, use.layout, use.window if use.unrolled else None) for use in self.uses)
 
     @property
     def width(self) -> int:
-        """Entries of each of its rows."""
+        """Number of entries of each row."""
         return size_of(self.term) * self.each
 
     @property
     def unrolled(self) -> Reader:
-        """The same reader with the kernel of a convolution among the entries of its rows, so that the result is linear
-        in a row, at borders too; the reader itself if it has no kernel.
+        """The reader with the kernel of a convolution unrolled into its rows, so that the result is linear in a row,
+        also at borders.
+
+        The reader itself if it has no kernel, is unrolled already, or its uses have kernels of different sizes.
         """
         kernels = {use.window.size if use.window is not None else 1 for use in self.uses}
         if kernels == {1} or len(kernels) > 1 or self.each > 1:
@@ -176,11 +185,11 @@ class Reader:
         return replace(self, layout=layout, uses=uses, each=kernels.pop())
 
     def survivors(self, kept: Mapping[Axis, NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """Which of the entries that it reads survive, as in :func:`oto.axes.terms.survivors`."""
+        """Which entries of a row are kept, shape ``(width,)``; see :func:`oto.axes.terms.survivors`."""
         return np.repeat(survivors(self.term, kept), self.each)
 
     def entries(self, axis: Axis) -> NDArray[np.int64]:
-        """The entries of each atom of an axis in its term, shape ``(atoms, entries of each)``."""
+        """The indices of each atom's entries in a row, shape ``(atoms, entries per atom)``."""
         atoms = _atoms(self.term, axis)
         order = np.argsort(atoms, kind="stable")
         entries = order[np.count_nonzero(atoms < 0) :].reshape(axis.size, -1, 1)
@@ -188,7 +197,7 @@ class Reader:
         return unrolled.reshape(axis.size, -1)
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """The weight as the calls get it, which is a view of the parameter."""
+        """The weight that the calls take, a view of the parameter."""
         view = parameter.detach()
         for node, place in self.path:
             view = _called(node, view, place)
@@ -201,7 +210,7 @@ class Readers:
 
     Attributes:
         found: The readers, in the order of the calls.
-        reasons: Why some groups, or parts of them, cannot be folded into readers.
+        reasons: For each group that cannot be folded into readers, or only in part, the reasons.
     """
 
     found: tuple[Reader, ...]
@@ -216,7 +225,7 @@ def readers(partition: Partition, groups: Iterable[NodeGroup], frozen: bool = Fa
     """Find the readers of all prunable node groups.
 
     Args:
-        groups: Node groups, after all policies.
+        groups: Node groups, after all policies were applied.
         frozen: Whether frozen weights may be changed.
     """
     return _Search(partition, [group.name for group in groups if group.prunable], frozen).result()
@@ -224,7 +233,7 @@ def readers(partition: Partition, groups: Iterable[NodeGroup], frozen: bool = Fa
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight, as far as it is found: where it is in its parameter, and the calls that use it."""
+    """A weight during the search: its position in the parameter, and the calls found so far that use it."""
 
     leaf: Leaf
     path: tuple[tuple[Node, int], ...]
@@ -271,7 +280,7 @@ class _Search:
         self.reasons[self.names[axis]].setdefault(why)
 
     def _dynamic(self) -> list[bool]:
-        """Which tensors depend on the inputs."""
+        """Which tensors depend on the model's inputs."""
         dynamic = [False] * len(self.propagation.tape.tensors)
         runs = [self.graph] if self.graph.trained is None else [self.graph, self.graph.trained]
         for value in (value for run in runs for value in run.inputs):
@@ -287,7 +296,7 @@ class _Search:
     # --- products -----------------------------------------------------------------------------------------------------
 
     def _add(self, step: Step) -> str | None:
-        """Add a step as a use of a weight, or return the reason why it is none."""
+        """Add a step as a use of a weight, or return the reason why it is not one."""
         data = [i for i, tensor in enumerate(step.inputs) if self.dynamic[tensor]]
         if step.volume is None and len(step.inputs) > 1:
             return "a step of time, of which the next one reads"
@@ -347,7 +356,7 @@ class _Search:
     def _walk(
         self, index: int, node: int, places: dict[int, int]
     ) -> tuple[int, list[Callable[[Tensor], Tensor]]] | None:
-        """The index of the argument that a factor is a rearrangement of, and the rearrangements in their order."""
+        """The index of the argument that an operand is a rearrangement of, and the rearrangements in order."""
         moves: list[Callable[[Tensor], Tensor]] = []
         while index not in places:
             step = self.maker.get(index)
@@ -376,7 +385,7 @@ class _Search:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _weight(self, value: Value) -> tuple[Leaf, tuple[tuple[Node, int], ...]] | str:
-        """The parameter that a factor is a view of, and the views; or the reason why it is none."""
+        """The parameter that an operand is a view of, and the view calls; or the reason why it is not one."""
         path: list[tuple[Node, int]] = []
         while value not in self.leaves:
             node, place = self.origin.get(value, (None, 0))
@@ -393,7 +402,7 @@ class _Search:
         return leaf, tuple(path)
 
     def _shift(self, step: Step, w: int, node: Node, weight: Value) -> tuple[str, int] | None:
-        """Where a constant can be added to the result, if each of its entries sums over a whole row of the weight."""
+        """:attr:`Reader.shift` of a product; ``None`` unless each result sums over a whole row of the weight."""
         sizes = [size_of(term) for term in self.propagation.tape.tensors[step.inputs[w]]]
         met = prod(n for n, out in zip(sizes, step.routes[w], strict=True) if not out)
         rows, out = prod(sizes) // met, prod(size_of(term) for term in self.propagation.tape.tensors[step.output])
@@ -406,7 +415,7 @@ class _Search:
         return None if made is None else self._behind(made, rows)
 
     def _behind(self, result: Value, rows: int) -> tuple[str, int] | None:
-        """A bias that is added to the result, or the running mean of a batch norm of it."""
+        """The bias that the next call adds to the result, or the running mean of the batch norm that it is."""
         users = self.users.get(result, [])
         if len(users) != 1 or result in self.graph.outputs:
             return None
@@ -435,14 +444,14 @@ class _Search:
         return len(self.users.get(leaf.value, [])) == 1
 
     def _reader(self, own: _Weight) -> Reader | None:
-        """The reader of a weight, unless there is a reason against it."""
+        """The reader of a weight; ``None``, with the reason noted, if it cannot be changed."""
         axes = dict.fromkeys(axis for axis in axes_of(own.term) if axis in self.names)
         why = self._against(own, axes)
         if why is None:
             names = tuple(self.names[axis] for axis in axes)
             return Reader(own.leaf.name, own.path, own.layout, own.term, names, tuple(own.uses), own.shift)
         for axis in axes:
-            if axis not in self.summed:  # of those the reason is known already
+            if axis not in self.summed:  # the reason for those is noted already
                 self._refuse(axis, why)
         return None
 
@@ -459,7 +468,7 @@ class _Search:
         return None
 
     def _readings(self, value: Value) -> Iterator[Node]:
-        """All calls that read a tensor, or a view of it, and are no views themselves."""
+        """All calls that read a tensor or a view of it, except calls that only make views."""
         for node in self.users.get(value, []):
             if _is_view(node) and len(list(node.inputs())) == 1:
                 for view in node.outputs:
@@ -470,7 +479,7 @@ class _Search:
 
 
 def _atoms(term: Term, axis: Axis) -> NDArray[np.int64]:
-    """The atom of an axis that each entry of a term belongs to, or -1."""
+    """For each entry of a term, the atom of an axis that it belongs to, or -1."""
     atom_of = np.full(1, -1, dtype=np.int64)
     for factor in resolve(term):
         if isinstance(factor, Axis):
@@ -482,14 +491,14 @@ def _atoms(term: Term, axis: Axis) -> NDArray[np.int64]:
 
 
 def _is_view(node: Node) -> bool:
-    """Whether a call returns nothing but views of its argument."""
+    """Whether a call only returns views of one of its arguments."""
     schema = getattr(node.op, "_schema", None)
     shared = [] if schema is None else [a.alias_info for a in schema.arguments if a.alias_info is not None]
     return len(shared) == 1 and not shared[0].is_write
 
 
 def _called(node: Node, tensor: Tensor, place: int) -> Tensor:
-    """The result with index ``place`` of a call that is made with ``tensor`` in place of its only tensor."""
+    """Run a call with ``tensor`` in place of its only tensor argument, and return the result with index ``place``."""
     args, kwargs = tree_map_only(Value, lambda _: tensor, (node.args, dict(node.kwargs)))
     result: Tensor = tree_leaves(node.op(*args, **kwargs))[place]
     return result
@@ -520,7 +529,7 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 
 def _window(node: Node) -> Window | None:
-    """The window of a convolution; ``None`` for other calls, for transposed ones and where padding is a word."""
+    """The window of a convolution; ``None`` for other calls, transposed convolutions, and padding given as a string."""
     aten, given = torch.ops.aten, _arguments(node)
     if node.op not in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
         return None
@@ -539,7 +548,10 @@ def _layout(
     kernel: list[int],
     contracted: list[int],
 ) -> Layout | None:
-    """The layout of a tensor, from dimensions of its rearrangement; ``None`` if these are not factors of its own."""
+    """The layout of a tensor, given dimensions of its rearrangement.
+
+    ``None`` if these dimensions are not factors of the tensor's own dimensions, or none of them is contracted.
+    """
     whole = view = torch.empty(shape, device="meta")
     for move in moves:
         view = move(view)

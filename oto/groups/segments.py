@@ -1,21 +1,22 @@
-"""Segments: parts of a network that are not computed at all once what they write is zero (OTOv3, design §10).
+"""Segments: parts of a network that need not be computed at all if their result is zero (OTOv3, design §10).
 
-Where an addition takes something that is zero for every input, it gives what else it takes. So a *segment* is an edge
-into an addition, its *joint*, with
+If one argument of an addition is zero for every input, its result is the other argument. So a *segment* is an edge into
+an addition, its *joint*, with
 
-* its *writers*: the last parameters on every path into the edge. With these at zero, and nothing else known, the facts
-  of :mod:`oto.axes.invariance` say that what comes in is zero everywhere;
-* its *body*: every call that reaches outputs through the edge only. These are the calls that the edge dominates on the
-  graph against the flow of data.
+* its *writers*: the last parameters on every path into the edge. If these are zero, the facts of
+  :mod:`oto.axes.invariance` prove that the argument is zero everywhere;
+* its *body*: every call that reaches the outputs only through the edge. These are the calls that the edge dominates in
+  the reversed data flow graph.
 
-Where a concatenation takes it, what it gives is as many entries shorter without it: the *axes* of the segment are
-those of its own entries, of which no atom is left, so that all that reads them gets thinner as it would for fewer
-channels. That is exact if no step behind the concatenation notices zeros there, and possible if these axes are nobody
-else's and something is left beside them (:mod:`oto.groups.beside`). A stack takes zeros in its place, of the shape of
-its other arguments.
+If the joint is a concatenation, its result has fewer entries without the segment: no atom is left of the segment's
+*axes*, those of its own entries, and every parameter that reads them shrinks as with fewer channels. This is exact if
+no result after the concatenation depends on whether these zeros exist. It is possible if the axes belong to the segment
+alone and the concatenation has another argument (:mod:`oto.groups.beside`). A stack gets zeros in the segment's place,
+in the shape of its other arguments.
 
-All edges of a network are looked at together: dominators are found once, and a zero is followed only as far as it
-goes. Segments may lie in each other, and share writers: where the outer one is at zero, so is what writes it inside.
+All edges of a network are analyzed together: dominators are computed once, and each zero is propagated only as far as
+it reaches. Segments may be nested and share writers: if the outer one is zero, so are the writers inside that they
+share.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ ADDITIONS: Mapping[object, tuple[int, ...]] = {
     aten.sub.Tensor: (1,),
     aten.sub_.Tensor: (1,),
 }
-"""Operators that give what else they take where an argument is zero, and the arguments that may be."""
+"""Operators that return their other argument if one is zero, with the positions that may be zero."""
 
 TOGETHER = (CAT, aten.stack.default)
-"""Operators that lay branches beside each other."""
+"""Operators that concatenate or stack branches."""
 
 ELSEWHERE = "its result is read elsewhere, too"
 UNTRAINED = "nothing in it is trained, so nothing of it can become zero"
@@ -61,12 +62,12 @@ _END = "end"
 
 @dataclass(frozen=True)
 class Staying:
-    """A branch that cannot go.
+    """A branch that cannot be removed.
 
     Attributes:
-        node: Index of the addition that it ends at.
-        path: The module that ends it.
-        reason: Why not.
+        node: Index of the joint that it ends at.
+        path: Path of the module that computes its result.
+        reason: Why it stays.
         cause: Index of the call that is the reason, if one is.
     """
 
@@ -78,15 +79,15 @@ class Staying:
 
 @dataclass(frozen=True)
 class Edge:
-    """An argument of an addition, or of what else takes branches.
+    """An argument of an addition, concatenation or stack.
 
     Attributes:
-        joint: The addition.
-        value: What comes in.
-        left: What the addition gives without it: its other argument.
-        made: What the addition gives.
-        why: Why the addition would not give its other argument without this one; ``None`` if it would.
-        into: If it is an argument of concatenations or a stack, the indices of all of these; the joint is the first.
+        joint: The addition, or the first concatenation or stack that takes the argument.
+        value: The argument.
+        left: The other argument of an addition; one of the others for a concatenation or stack.
+        made: The result of the joint.
+        why: Why the joint cannot be computed without the argument; ``None`` if it can.
+        into: The indices of all concatenations or stacks that take the argument; empty for an addition.
     """
 
     joint: Node
@@ -99,7 +100,7 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Branches:
-    """The branches of a network: those that are segments, and those that stay, each with the reason."""
+    """The branches of a network: the segments, and the branches that stay, each with the reason."""
 
     segments: tuple[Segment, ...]
     staying: tuple[Staying, ...]
@@ -109,14 +110,14 @@ def branches(found: Propagation) -> Branches:
     """Find the segments of a network, in the order of their joints."""
     graph = found.graph
     own, staying = _Run(found, graph).branches()
-    if graph.trained is not None:  # in train mode, too, a segment has to be one
+    if graph.trained is not None:  # a segment must also be one in train mode
         train = {_key(segment): segment for segment in _Run(found, graph.trained).branches()[0]}
         kept = [segment for segment in own if _key(segment) in train]
         lost = [segment for segment in own if _key(segment) not in train]
         staying += [Staying(s.joint, s.name, "in train mode its result is read in another way, too") for s in lost]
         own = [_in_both(segment, train[_key(segment)]) for segment in kept]
     readers = _readers(graph.calls)
-    reads: dict[int, list[int]] = {}  # the leaves that a call reads, by their places
+    reads: dict[int, list[int]] = {}  # for each call, the indices of the leaves that it reads
     for place, leaf in enumerate(graph.leaves):
         for index in readers.get(leaf.value, ()):
             reads.setdefault(index, []).append(place)
@@ -146,13 +147,13 @@ def _key(segment: Segment) -> tuple[bool, frozenset[Leaf]]:
 
 
 def _in_both(segment: Segment, train: Segment) -> Segment:
-    """A segment of eval mode, with what it is in train mode."""
+    """A segment of eval mode, extended by the calls of the same segment in train mode."""
     joint = frozenset[int]() if train.into else {train.joint}
     return replace(segment, body=segment.body | train.body | joint, into=segment.into | train.into)
 
 
 def feeds_of(run: Graph) -> dict[Value, int]:
-    """For each value of a run the inputs that it depends on, as bits."""
+    """For each value of a run, a bit mask of the inputs that it depends on."""
     feeds = {value: 1 << i for i, value in enumerate(run.inputs)}
     for node in run.nodes:
         own = 0
@@ -173,7 +174,7 @@ def _readers(calls: Iterable[Node]) -> dict[Value, set[int]]:
 
 
 class _Run:
-    """The branches of one run: of the network in eval mode, or of what train mode does."""
+    """Finds the branches of one run: the forward pass in eval mode, or that in train mode."""
 
     def __init__(self, found: Propagation, run: Graph) -> None:
         self.found, self.run = found, run
@@ -188,7 +189,7 @@ class _Run:
 
     @cached_property
     def edges(self) -> list[Edge]:
-        """The arguments of additions, and of what lays branches beside each other."""
+        """The arguments of additions, concatenations and stacks."""
         found = self._beside_others()
         for node in self.nodes:
             made = node.outputs[0] if node.outputs else None
@@ -201,7 +202,7 @@ class _Run:
         return sorted(found, key=lambda edge: edge.joint.index)
 
     def _beside_others(self) -> list[Edge]:
-        """The arguments of concatenations and stacks that have others; one edge for an argument of several."""
+        """The arguments of concatenations and stacks with several arguments; one edge if several take the same."""
         where: dict[tuple[object, Value], list[tuple[Node, Value]]] = {}
         for node in (node for node in self.nodes if node.op in TOGETHER):
             values = list(dict.fromkeys(x for x in node.inputs() if self.feeds.get(x) and 0 not in x.shape))
@@ -219,7 +220,7 @@ class _Run:
         return found
 
     def branches(self) -> tuple[list[Segment], list[Staying]]:
-        """The segments, named by what ends them, and the branches that stay; what they own is not known yet."""
+        """The segments, named by the module that ends them, and the branches that stay; ``leaves`` are not set yet."""
         segments, staying = list[Segment](), list[Staying]()
         bodies = self._bodies()
         modules = Modules(self.nodes)
@@ -228,7 +229,7 @@ class _Run:
             if maker is None or not self.feeds.get(edge.left):
                 continue  # the trunk, with a constant added to it
             if edge.why is not None and not self.feeds.get(edge.value):
-                continue  # such a constant
+                continue  # a constant added to the trunk
             if maker.index not in body:  # the trunk, or a branch
                 staying += self._read_elsewhere(edge, maker)
                 continue
@@ -246,7 +247,7 @@ class _Run:
             else:
                 staying.append(self._loud(edge, path, writers))
         at = {(segment.joint, segment.edge): segment for segment in segments}
-        for segment in segments:  # of two that meet one may stay, whichever it is, and has to do for both
+        for segment in segments:  # if two segments are added, either may be removed, so both need the same inputs
             other = None if segment.into else at.get((segment.joint, segment.left))
             if other is not None and self.feeds.get(segment.edge) != self.feeds.get(other.edge):
                 staying.append(Staying(segment.joint, segment.name, UNLIKE, segment.joint))
@@ -254,9 +255,9 @@ class _Run:
         return list(at.values()), staying
 
     def _read_elsewhere(self, edge: Edge, maker: Node) -> list[Staying]:
-        """Why a branch stays of which more than the addition reads the result; of the trunk, nothing."""
+        """Why a branch stays whose result has other readers than the addition; empty for the trunk."""
         if edge.into or edge.value in self._before(edge.left, edge.value):
-            return []  # what it is added to is made of it
+            return []  # the other argument is computed from it
         before = self._before(edge.left)
         own = [
             leaf for leaf in self._last_parameters(edge.value) if self.readers[leaf.value].isdisjoint(before.values())
@@ -265,7 +266,11 @@ class _Run:
         return [Staying(edge.joint.index, maker.module, ELSEWHERE, min(others, default=None))] if own else []
 
     def _before(self, value: Value, until: Value | None = None) -> dict[Value, int]:
-        """What a value is made of, each with the call that made it; no further than to another value."""
+        """The values that a value is computed from, each with the index of its call, -1 if it has none.
+
+        Args:
+            until: Stop the search at this value.
+        """
         found, todo = dict[Value, int](), [value]
         while todo:
             value = todo.pop()
@@ -277,7 +282,7 @@ class _Run:
         return found
 
     def _untrained(self, edge: Edge, body: frozenset[int], writers: Sequence[Leaf], modules: Modules) -> list[Staying]:
-        """Why a branch stays of which nothing can be zeroed; nothing is said of what is no module's."""
+        """Why a branch stays in which no parameter can be zeroed; empty for code that no module contains."""
         shared = next((leaf for leaf in writers if not self.readers[leaf.value].isdisjoint(body)), None)
         inside = modules.within(body)
         if shared is not None:
@@ -288,8 +293,8 @@ class _Run:
         return [Staying(edge.joint.index, inside[-1], UNTRAINED)]
 
     def _bodies(self) -> list[frozenset[int]]:
-        """For each edge the calls that reach an end through it only."""
-        flow = nx.DiGraph()  # against the flow of data
+        """For each edge, the calls that reach an output only through it."""
+        flow = nx.DiGraph()  # edges point from a call to the calls that its arguments come from
         each = ((edge.into or (edge.joint.index,), edge.value) for edge in self.edges)
         at = {(index, value): i for i, (joints, value) in enumerate(each) for index in joints}
         for node in self.nodes:
@@ -315,7 +320,7 @@ class _Run:
         return [body | {index for index, made_of in unread.items() if not body.isdisjoint(made_of)} for body in bodies]
 
     def _unread(self, reaching: Collection[object]) -> dict[int, set[int]]:
-        """The calls that no end is reached from, such as what a cache keeps, each with those that it is made of."""
+        """The calls from which no output is reached, such as writes to a cache, each with the calls it depends on."""
         unread: dict[int, set[int]] = {}
         for node in self.nodes:
             if node.index not in reaching:
@@ -324,8 +329,7 @@ class _Run:
         return unread
 
     def _last_parameters(self, value: Value) -> list[Leaf]:
-        """The last parameters on every path to a value; none on a path through what is zero anyway, such as what a
-        module gives that computes nothing."""
+        """The last parameters on every path to a value, except on paths through values that are always zero."""
         found: dict[Leaf, None] = {}
         seen: set[Value] = set()
         todo = [value]
@@ -343,7 +347,7 @@ class _Run:
         return list(found)
 
     def _parameters(self, value: Value) -> Iterator[Leaf]:
-        """The parameters that a value is made of, which depends on no input."""
+        """The parameters that may be zeroed among those that a value is computed from, which depends on no input."""
         todo, seen = [value], set[Value]()
         while todo:
             value = todo.pop()
@@ -356,20 +360,20 @@ class _Run:
                 todo += self.maker[value].inputs()
 
     def _is_silenced(self, value: Value, zeros: Iterable[Leaf]) -> bool:
-        """Whether a value is zero for every input, once some parameters are."""
+        """Whether a value is zero for every input if some parameters are zero."""
         facts = self.everywhere.with_zeros(self.found.operands[leaf.value].index for leaf in zeros)
         index = self.found.operands[value].index
         return is_zero(facts.get(index, self.everywhere.always.get(index)))
 
     def _loud(self, edge: Edge, path: str, writers: Sequence[Leaf]) -> Staying:
-        """Why an edge is no segment's."""
+        """Why an edge whose result cannot be proved to be zero is not a segment."""
         names = ", ".join(leaf.name for leaf in writers[:2]) + (", ..." if len(writers) > 2 else "")
         cause = self._first_loud(edge.value, writers)
         reason = f"with {names} at zero it need not be zero"
         return Staying(edge.joint.index, path, reason, None if cause is None else cause.index)
 
     def _first_loud(self, value: Value, writers: Iterable[Leaf]) -> Node | None:
-        """The call nearest to the writers after which a value is not known to be zero."""
+        """The call nearest to the writers whose result is not known to be zero."""
         facts = self.everywhere.with_zeros(self.found.operands[leaf.value].index for leaf in writers)
         loud: Node | None = None
         node = self.maker.get(value)
@@ -381,7 +385,7 @@ class _Run:
         return loud
 
     def _needed(self, value: Value, writers: Sequence[Leaf]) -> list[Leaf]:
-        """The writers without those that need not be zero; none if the value is not zero whatever they are."""
+        """The writers that must be zero for the value to be zero; empty if that cannot be proved."""
         tries = [list(writers), *([w for w in writers if w is not one] for one in writers if len(writers) > 1)]
         needed = next((own for own in tries if self._is_silenced(value, own)), [])
         for one in list(needed):
@@ -392,7 +396,7 @@ class _Run:
 
 
 def _why_not(node: Node, place: int, value: Value, left: Value, made: Value) -> str | None:
-    """Why an addition does not give its other argument where one is zero."""
+    """Why an addition does not return its other argument if this one is zero; ``None`` if it does."""
     if place not in ADDITIONS[node.op]:
         return "what is taken off it would be left with another sign"
     if place == 0 and node.kwargs.get("alpha", 1) != 1:
@@ -403,7 +407,7 @@ def _why_not(node: Node, place: int, value: Value, left: Value, made: Value) -> 
 
 
 def _made(node: Node) -> Iterator[Value]:
-    """What a call gives, and what becomes of what it writes to."""
+    """The results of a call, and the new values of the tensors that it writes to."""
     yield from (value for value in (*node.outputs, *(after for _, after in node.written)) if value is not None)
 
 
@@ -412,7 +416,7 @@ def _reads(node: Node, leaves: Iterable[Leaf]) -> bool:
 
 
 def _unread_aliases(run: Graph) -> set[int]:
-    """Markers of writes to tensors that nobody reads after them."""
+    """Indices of the calls that mark a write to a tensor that is not read afterwards."""
     used = {*run.outputs, *run.ends}
     unread: set[int] = set()
     for node in reversed(run.nodes):
@@ -424,7 +428,7 @@ def _unread_aliases(run: Graph) -> set[int]:
 
 
 def _inside(below: Mapping[object, Iterable[object]], top: object) -> Iterator[int]:
-    """All calls below a node of a tree."""
+    """All calls below a node of the dominator tree, including it."""
     todo = [top]
     while todo:
         node = todo.pop()
@@ -437,7 +441,7 @@ _SAME = {aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default, aten.alia
 
 
 class Modules:
-    """The calls of a run by the modules that make them, but for those that only hand on what they are given."""
+    """The calls of a run by the modules that make them, without calls that return their argument unchanged."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.calls: dict[str, set[int]] = {}
@@ -451,27 +455,27 @@ class Modules:
 
     @classmethod
     def of(cls, graph: Graph) -> Modules:
-        """All calls that an output, or what the model keeps, depends on, but for those that only count."""
+        """All calls of a graph that are not dead, except those that only count calls."""
         counting = _counting(graph)
         return cls(node for node in graph.calls if node.index not in graph.dead and node.index not in counting)
 
     def ending(self, path: str, body: frozenset[int]) -> str:
-        """The outermost module around one, all of whose calls lie in a body; itself if there is none."""
+        """The outermost module around ``path`` whose calls all lie in a body; ``path`` itself if there is none."""
         around = [outer for outer in _ancestors(path) if outer in self.calls and self.calls[outer] <= body]
         return min(around, key=len, default=path)
 
     def within(self, calls: Iterable[int]) -> list[str]:
-        """The outermost modules all of whose calls are among some."""
+        """The outermost modules whose calls are all among the given ones."""
         some = frozenset(calls)
         inside = [path for path, own in self.calls.items() if path and own <= some]
         return sorted(path for path in inside if not any(path.startswith(f"{outer}.") for outer in inside))
 
 
 def _counting(graph: Graph) -> set[int]:
-    """The calls of train mode that only count how often a module has run, such as the batches of a batch norm.
+    """The calls of train mode that only count how often a module has run, such as ``num_batches_tracked``.
 
-    All that they read and write is a tensor of the model that no other call reads, nor any code: it was without data.
-    So nobody misses them with the module.
+    They read and write only tensors of the model that no other call reads. Python code does not read them either, since
+    the tensors had no data during the trace. So these calls can be removed with the module.
     """
     train = graph.trained
     if train is None or train.mode not in ("meta", "fake"):
@@ -494,24 +498,27 @@ def _ancestors(path: str) -> Iterator[str]:
     yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
-# --- which may go together --------------------------------------------------------------------------------------------
+# --- which can be removed together ------------------------------------------------------------------------------------
 
 
 def legal(
     partition: Partition, kept: Kept, sets: Sequence[tuple[str, set[str]]] | None = None
 ) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
-    """What is kept, with segments that are zero where the network would come apart without them, and their names.
+    """Keep some segments that are zero, where the network could not be computed without them.
 
-    Every input stays read, and every joint has something to give. What comes back is zero, so nothing that the network
-    computes changes.
+    Afterwards, every input is read, and every joint that is computed has an argument. The segments that are kept again
+    are zero, so the network computes the same function.
 
     Args:
-        sets: :func:`not_all`, if it is known.
+        sets: The result of :func:`not_all`, if it is known.
+
+    Returns:
+        The atoms to keep, and the names of the segments that were added.
     """
     result, back = dict(kept), list[str]()
     sets = not_all(partition) if sets is None else sets
     before, gone = -1, partition.erased(result)
-    while before < len(back):  # what lies in a segment does not matter until that is back
+    while before < len(back):  # segments inside a removed one only matter once that one is kept again
         before = len(back)
         for _, members in sets:
             own = [segment for segment in gone if segment.name in members]
@@ -526,29 +533,28 @@ def legal(
 
 
 def not_all(partition: Partition) -> list[tuple[str, set[str]]]:
-    """The sets of segments of which one stays, each by a name."""
+    """The sets of segments of which at least one must stay, each with a name."""
     if not partition.segments:
         return []
     beside = list(_beside_each_other(partition))
     return [*beside, *_reading_inputs(partition, {name for _, members in beside for name in members})]
 
 
-# --- what is left without them ----------------------------------------------------------------------------------------
+# --- the network without them -----------------------------------------------------------------------------------------
 
 
 def not_computed(segments: Iterable[Segment]) -> frozenset[int]:
-    """The calls that are not made without some segments; concatenations and stacks are, without what these give."""
+    """The calls that are not made without some segments: their bodies, and the additions that they end at."""
     return frozenset().union(*(s.body if s.into else s.body | {s.joint} for s in segments))
 
 
 def _joints(segment: Segment) -> frozenset[int]:
-    """The additions, concatenations and stacks that a segment goes into."""
+    """The indices of the additions, concatenations and stacks that take a segment's result."""
     return segment.into or frozenset({segment.joint})
 
 
 def idle(partition: Partition, groups: Iterable[NodeGroup], kept: Kept) -> set[str]:
-    """The node groups that lie in segments of which nothing is kept, so that nothing of them is computed, or that these
-    lay beside others."""
+    """The names of the node groups that are gone with removed segments: those inside, and those of their axes."""
     gone = partition.erased(kept)
     inside = {name for segment in gone for leaf in segment.leaves for name in leaf.names}
     axes = {axis for segment in gone for axis in segment.axes}
@@ -560,11 +566,13 @@ def idle(partition: Partition, groups: Iterable[NodeGroup], kept: Kept) -> set[s
 
 
 def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bool:
-    """Whether a call would write into what the joint of a segment gives, or into its other argument, while the other
-    of the two, which is the same tensor without the segment, is read later.
+    """Whether removing a segment would let an in-place write corrupt a tensor that is read later.
+
+    Without the segment, the result of its joint and the joint's other argument are the same tensor. This checks whether
+    a call writes to one of them while the other is read later.
 
     Args:
-        erased: All segments that are left out.
+        erased: All removed segments.
     """
     gone = not_computed(erased)
     nodes = [node for node in graph.nodes if node.index > segment.joint and node.index not in gone]
@@ -582,7 +590,11 @@ def overwritten(graph: Graph, segment: Segment, erased: Sequence[Segment]) -> bo
 
 
 def _aliases(graph: Graph, value: Value, joints: Iterable[tuple[Value, Value]]) -> set[Value]:
-    """The values that may share memory with one."""
+    """The values that may share memory with ``value``.
+
+    Args:
+        joints: Pairs of values that are the same tensor.
+    """
     sharing = nx.Graph(joints)
     sharing.add_node(value)
     for node in graph.nodes:
@@ -601,7 +613,7 @@ def _aliases(graph: Graph, value: Value, joints: Iterable[tuple[Value, Value]]) 
 
 
 def with_segments(partition: Partition) -> tuple[Partition, Branches]:
-    """The partition with its segments, and all branches."""
+    """The partition with its segments, and all branches with the reasons why others stay."""
     found = branches(partition.found)
     names = {group.name for group in partition.groups}
     clear = tuple(replace(s, name=f"{s.name}+") if s.name in names else s for s in found.segments)
@@ -610,16 +622,19 @@ def with_segments(partition: Partition) -> tuple[Partition, Branches]:
 
 
 MinDepth = int | float | Mapping[str, int | float]
-"""Members that a run of repeated blocks keeps: an int; a float is a share of them; by globs of module paths."""
+"""Minimum number of members that a run of repeated blocks keeps: an int; a float, as a share; or a mapping from globs
+of module paths to either."""
 
 
 def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeGroup, ...]:
-    """The node group of each segment: one atom, all of its writers zero, all of its parameters gone with it.
+    """The node group of each segment: one atom; ``zeros`` are the writers, ``slices`` all parameters.
 
-    Columns that read what it is laid beside others go with it, too, and are none of its slices: they need not be zero.
+    Columns that read the entries of a concatenated segment are removed with it as well, but are not among its slices,
+    since they need not be zero.
 
     Raises:
-        TargetError, UnknownParameterError: ``min_depth`` means nothing, or names no segment.
+        TargetError: ``min_depth`` is neither a number of members nor a share of them.
+        UnknownParameterError: A name or glob in ``min_depth`` matches no segment.
     """
     sets = not_all(partition)
     runs = runs_of(partition.segments)
@@ -638,7 +653,7 @@ def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeG
 
 
 def _least(runs: Mapping[str, Sequence[str]], asked: MinDepth, names: Sequence[str]) -> dict[str, int]:
-    """How many members each run keeps."""
+    """The minimum number of members that each run keeps."""
     least = dict.fromkeys(runs, 1)
     for pattern, number in asked.items() if isinstance(asked, Mapping) else [("*", asked)] if names else []:
         hits = set(matching([pattern], names))
@@ -649,7 +664,10 @@ def _least(runs: Mapping[str, Sequence[str]], asked: MinDepth, names: Sequence[s
 
 
 def runs_of(segments: Sequence[Segment]) -> dict[str, list[str]]:
-    """Segments of repeated blocks, by their paths with a star for the number that tells most of them apart."""
+    """Segments of repeated blocks, by their path with one number replaced by a star.
+
+    If a path has several numbers, the one is replaced that gives the run with the most members.
+    """
     runs: dict[str, list[str]] = {}
     for segment in segments:
         for run in _stars(segment.name):
@@ -663,13 +681,13 @@ def runs_of(segments: Sequence[Segment]) -> dict[str, list[str]]:
 
 
 def _stars(name: str) -> list[str]:
-    """A path with a star in place of one of its numbers, each in turn."""
+    """The variants of a path in which one of its numbers is replaced by a star."""
     parts = name.split(".")
     return [".".join([*parts[:i], "*", *parts[i + 1 :]]) for i, part in enumerate(parts) if re.fullmatch(r"\d+", part)]
 
 
 def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
-    """Segments of one joint, of which one stays: it would have nothing to give."""
+    """The sets of segments that are all arguments of one joint, which needs at least one of them."""
     by_joint: dict[int, set[str]] = {}
     for segment in partition.segments:
         for joint in _joints(segment):
@@ -677,7 +695,7 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
     graph = partition.found.graph
     feeds = feeds_of(graph) if any(segment.into for segment in partition.segments) else {}
     for joint, members in sorted(by_joint.items()):
-        if joint >= len(graph.nodes):  # of train mode
+        if joint >= len(graph.nodes):  # a call of train mode
             continue
         node = graph.nodes[joint]
         if len(members) >= (
@@ -687,10 +705,10 @@ def _beside_each_other(partition: Partition) -> Iterator[tuple[str, set[str]]]:
 
 
 def _reading_inputs(partition: Partition, beside: set[str]) -> Iterator[tuple[str, set[str]]]:
-    """Segments without all of which an input would not be read any more, of which one stays.
+    """The sets of segments without which an input of the model would no longer reach an output; at least one must stay.
 
     Args:
-        beside: Those that do not all go anyway, as they are laid beside each other.
+        beside: Names of segments to leave out, since they are in a set of one joint already.
     """
     graph = partition.found.graph
     cut = {(joint, s.edge): s for s in partition.segments if s.name not in beside for joint in _joints(s)}
@@ -704,7 +722,7 @@ def _reading_inputs(partition: Partition, beside: set[str]) -> Iterator[tuple[st
 
 
 def _reached(graph: Graph, value: Value, cut: Mapping[tuple[int, Value], Segment]) -> set[Value]:
-    """The values that depend on one, without some edges."""
+    """The values that depend on ``value`` if some edges are cut."""
     reached = {value}
     for node in graph.nodes:
         if any(x in reached and (node.index, x) not in cut for x in node.inputs()):

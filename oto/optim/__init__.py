@@ -1,4 +1,4 @@
-"""Sparse optimizers: each wraps a ``torch.optim.Optimizer`` and drives the least important groups to zero."""
+"""Sparse optimizers: each wraps a ``torch.optim.Optimizer`` and drives the least salient groups to zero."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""What every sparse optimizer shares: how a step goes, and writing zeros.
+"""The base class of all sparse optimizers: the order of operations in a step, and writing zeros.
 
-A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around a real one, which always makes the update
-(:mod:`oto.optim.wrapper`). What must survive a checkpoint lies in its first parameter group
-(:mod:`oto.optim.checkpointed`). All else is derived from it, and rebuilt when it or the storage of a parameter changes,
-so no parameter is held outside of ``param_groups``; parameters are found by name and position. Which
-atoms go is chosen in :mod:`oto.optim.choosing`, and what remains may take over what they carried
+A :class:`SparseOptimizer` is a ``torch.optim.Optimizer`` around another one, which always makes the update
+(:mod:`oto.optim.wrapper`). State that a checkpoint must hold is in its first parameter group
+(:mod:`oto.optim.checkpointed`). Everything else is derived from that state, and rebuilt when it or the storage of a
+parameter changes. So no parameter is referenced outside of ``param_groups``; parameters are found by name and position.
+The atoms to remove are chosen in :mod:`oto.optim.choosing`, and the remaining ones may compensate for them
 (:mod:`oto.optim.compensating`).
 
-Writing zeros is the only cost of a step after pruning. It is one pass over the pruned entries, no matter what the
-wrapped optimizer does. Where node groups are proven *quiet*, even that can rest (see :meth:`zero_pruned_`).
+After pruning, writing zeros is the only extra cost of a step: one pass over the pruned entries, whatever the wrapped
+optimizer does. If node groups are proved to be *quiet*, most of these writes are skipped (see :meth:`zero_pruned_`).
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ ELEMENTWISE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that leave an entry at zero when it, its gradients and its moments are zero."""
 
 DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""State that an update is divided by. It moves nothing, so it is not cleared: MKL's square root takes ten times as long
-for an exact zero, which would slow down the loops of Adam and AdamW by half."""
+"""State that an update is divided by. It cannot move an entry, so it is not cleared: MKL's square root takes ten times
+as long for an exact zero, which would slow down the loops of Adam and AdamW by half."""
 
 
 class SparseOptimizer(Choosing):
     """A torch optimizer that wraps another one and acts on node groups.
 
-    Subclasses define :meth:`sparse_step`. ``choice`` decides what goes, ``schedule`` decides when.
+    Subclasses define :meth:`sparse_step`.
 
     Args:
         params: ``model.named_parameters()``, or parameter groups (dicts) whose ``params`` are named pairs or come with
             ``param_names``. Include frozen parameters, or their node groups cannot be zeroed.
-        choice: The node groups, and which of their atoms go.
-        schedule: When they go.
-        names: Names for the parameters, where ``params`` or a ``base`` instance has none.
+        choice: The node groups, and how the atoms to remove are chosen.
+        schedule: When they are removed.
+        names: Named parameters, for ``params`` or a ``base`` instance without names.
         variant: The name of an optimizer of ``torch.optim``, in any case. ``"sgd"`` needs ``lr``.
         base: Used instead of ``variant``: an optimizer, an optimizer class, or a function that takes parameter groups.
         base_options: Keywords of ``base`` that no optimizer of torch has; they may also be given directly.
@@ -67,11 +67,11 @@ class SparseOptimizer(Choosing):
 
     Attributes:
         history: Numbers by step, oldest first, such as ``{"step": 30, "MACs": 2e7, "loss": 0.4}``: the cost of the
-            network, in the unit of the target, at the beginning and end of each pruning period, and what was given to
-            :meth:`record`. Reports draw it; state dicts hold it.
+            network, in the unit of the target, at the beginning and end of each pruning period, and the numbers given
+            to :meth:`record`. Reports plot it; state dicts contain it.
 
     Raises:
-        OptionError: An option is missing, or the wrapped optimizer has none of that name.
+        OptionError: An option is missing, or unknown to the wrapped optimizer.
         UnknownParameterError: A parameter has no name, or a prunable node group names one that is not in ``params``.
         NonFiniteParameterError: A parameter of a prunable node group holds NaN or infinity.
     """
@@ -88,7 +88,7 @@ class SparseOptimizer(Choosing):
     @final
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step: that of the paper, with the checks and bookkeeping that all sparse optimizers share.
+        """Take one step: :meth:`sparse_step`, with the checks and bookkeeping that all sparse optimizers share.
 
         Args:
             closure: Evaluates the model again and returns the loss; run once, with gradients enabled.
@@ -100,6 +100,8 @@ class SparseOptimizer(Choosing):
             NonFiniteParameterError: A period begins, and a parameter or gradient holds NaN or infinity.
             NoGradientError: A period begins, its criterion needs gradients, and there are none.
             ModelChangedError: A parameter of the model was replaced since the optimizer was made.
+            OptionError: The optimizer is a copy of one that compensates, see :meth:`Compensating.fold`.
+            OTOError: A parameter of a node group has a sparse gradient.
         """
         loss = None
         if closure is not None:
@@ -110,7 +112,7 @@ class SparseOptimizer(Choosing):
             return loss
         t = self.clock
         if t == 0 and self.choice.target.wants_less:
-            self.refuse_sparse_gradients()  # rather than when the first period begins
+            self.refuse_sparse_gradients()  # report this at once, not only when the first period begins
         self.look_at_model(t)
         self.go_on_folding()
         self.sparse_step(t)
@@ -118,19 +120,19 @@ class SparseOptimizer(Choosing):
         return loss
 
     def sparse_step(self, t: int) -> None:
-        """Step ``t`` of the paper: read the present gradients, update the parameters. Autograd is off."""
+        """Step ``t`` of the paper's algorithm: update the parameters from the current gradients. Autograd is off."""
         raise NotImplementedError
 
     # A smaller model -------------------------------------------------------------------------------------------------
 
     def left_like(self, state_dict: Mapping[str, Any] | None) -> dict[str, NDArray[np.bool_]]:
-        """For each node group, which atoms of the model remain after shrinking: those that are not at zero for good.
+        """For each node group, which atoms of the model remain after shrinking: those that are not pruned.
 
         Args:
-            state_dict: That of an optimizer whose model was shrunk: keep the same atoms as it did.
+            state_dict: State dict of an optimizer whose model was shrunk: keep the same atoms as that model.
 
         Raises:
-            ShrinkError: It is of another model, or of one that has atoms which this model lacks.
+            ShrinkError: The state dict belongs to another model, or to one with atoms that this model no longer has.
         """
         if state_dict is None:
             return {g.name: (own != PRUNED).numpy() for g, own in zip(self.node_groups, self._codes(), strict=True)}
@@ -138,7 +140,7 @@ class SparseOptimizer(Choosing):
 
     @torch.no_grad()
     def zero_(self, left: Mapping[str, NDArray[np.bool_]]) -> None:
-        """Set all atoms to zero that are not in ``left``, whatever their state."""
+        """Set all atoms that are not in ``left`` to zero, whatever their state."""
         gone = [torch.from_numpy(np.flatnonzero(~left[group.name])) for group in self.node_groups]
         Rows.of(self.node_groups, gone, self.parameters()).zero_()
 
@@ -155,7 +157,7 @@ class SparseOptimizer(Choosing):
             moved: Every parameter of the smaller model.
             groups: The node groups of the smaller model, in the order of ``node_groups``.
             left: For each node group, which atoms of the model remain.
-            gone: Parameters of the model that went with a segment.
+            gone: Parameters of the model that were removed with a segment.
 
         Raises:
             ShrinkError: State of the wrapped optimizer cannot be sliced; nothing is changed.
@@ -170,13 +172,14 @@ class SparseOptimizer(Choosing):
         self.node_groups = tuple(groups)
         self.choice = replace(self.choice, groups=self.node_groups)
         self._renew()
-        self._unseen = True  # it holds the old parameters
+        self._unseen = True  # self._followed knows the old parameters
 
     def require_shrinkable(self) -> None:
-        """Refuse to go on with another model.
+        """Check that the optimizer can continue with a smaller model.
 
         Raises:
-            ShrinkError: Something else than ``param_groups`` and ``state`` knows the present one.
+            ShrinkError: The wrapped optimizer holds parameters or state outside of ``param_groups`` and ``state``, or
+                atoms are compensated.
         """
         self._share_base()
         self.refuse_shrinking()
@@ -198,18 +201,20 @@ class SparseOptimizer(Choosing):
     # A model that is replaced ----------------------------------------------------------------------------------------
 
     def follow(self, model: nn.Module) -> None:
-        """From now on, compare the parameters of a model with those that are trained. The model is not kept alive."""
+        """From now on, compare the parameters of a model with the trained ones. The model is referenced weakly."""
         self._followed = Followed.of(model, self.parameters())
 
     def look_at_model(self, n: int) -> None:
-        """Compare them before step ``n`` if it is the first one, one that chooses, or one in ``CHECK_STEPS``.
+        """Compare the model's parameters with the trained ones before step ``n``, if a check is due.
+
+        It is due at the first step, at the first and last step of a period, and once in ``CHECK_STEPS`` steps.
 
         Raises:
-            ModelChangedError: A parameter of the model was replaced, or there is state of others than the present ones.
+            ModelChangedError: A parameter of the model was replaced, or the optimizer has state of other tensors.
         """
         if not (self._unseen or self.schedule.starts_period(n) or self.schedule.ends_period(n) or n % CHECK_STEPS == 0):
             return
-        if type(self.base).__module__.startswith("torch.optim"):  # others may have state by keys of their own
+        if type(self.base).__module__.startswith("torch.optim"):  # other optimizers may use other keys in their state
             require_own_state(self.state, self.parameters(), type(self.base).__name__)
         if self._followed is None:
             self._unseen = False
@@ -221,17 +226,17 @@ class SparseOptimizer(Choosing):
     # Writing ---------------------------------------------------------------------------------------------------------
 
     def scale_redundant_(self, factor: float) -> None:
-        """Multiply the entries of redundant groups."""
+        """Multiply the entries of redundant atoms by ``factor``."""
         self._plan().scale_redundant_(factor)
 
     def zero_pruned_(self) -> None:
-        """Set the entries of pruned groups to zero.
+        """Set the entries of pruned atoms to zero.
 
         A pruned atom of a *quiet* group is zero in all its slices, those that write it and those that read it, and the
         analysis proved that its gradients are then exactly zero. SGD, Adam and AdamW do not move such entries. So on
         the CPU, only the one-dimensional slices of quiet groups (biases, norms) are written at every step; the others
-        are written once in a while. If one of the written entries was not zero, something that the proof does not
-        cover moves them, such as noise added to gradients. From then on, this step included, no group is quiet.
+        are rewritten in turn, once in ``HEAL_STEPS`` steps. If a watched entry is not zero, something moves it that the
+        proof does not cover, such as noise added to gradients. From this step on, no group is treated as quiet.
         """
         plan = self._plan()
         if plan.moved():
@@ -240,7 +245,7 @@ class SparseOptimizer(Choosing):
         plan.zero_pruned_(self.clock)
 
     def zero_moments_(self) -> None:
-        """Clear the state by which the wrapped optimizer would still move pruned entries: momentum, first moments."""
+        """Clear the state with which the wrapped optimizer would still move pruned entries: momentum, first moments."""
         parameters, pruned = self.parameters(), [rows_of(own, PRUNED) for own in self._codes()]
         for group, rows in zip(self.node_groups, pruned, strict=True):
             for piece in (group.slices if self._is_quiet(group) else group.zeros) if len(rows) else ():
@@ -251,10 +256,10 @@ class SparseOptimizer(Choosing):
 
     @torch.no_grad()
     def zero_pruned_in(self, model: Any) -> None:
-        """Set the entries of pruned groups to zero in a copy of the model, such as a moving average of its weights.
+        """Set the entries of pruned atoms to zero in a copy of the model, such as a moving average of its weights.
 
-        An average only approaches zero, so its slim model would be as large as the full one. One call is enough, after
-        the last period and before the average is evaluated or made slim; in training, call it after each update.
+        An average only approaches zero, so its slim model would be as large as the full one. One call after the last
+        period is enough, before the average is evaluated or made slim; during training, call it after each update.
 
         Args:
             model: A module with the parameter names of the model; a wrapper such as
@@ -262,7 +267,7 @@ class SparseOptimizer(Choosing):
                 as ``.module`` or ``.ema``; or a mapping from names to tensors, such as a ``state_dict()``.
 
         Raises:
-            UnknownParameterError: It lacks a parameter that may be zeroed, or has it in a different shape.
+            UnknownParameterError: The copy lacks a parameter that may be zeroed, or has it in a different shape.
         """
         names = {piece.parameter for group in self.node_groups for piece in group.zeros}
         shapes = {name: p.shape for name, p in self.parameters().items() if name in names}
@@ -270,10 +275,10 @@ class SparseOptimizer(Choosing):
         Rows.of(self.node_groups, [rows_of(own, PRUNED) for own in self._codes()], tensors).zero_()
 
     def commit(self) -> None:
-        """Redundant atoms become pruned ones, and the wrapped optimizer discards its state for them."""
+        """Mark redundant atoms as pruned, and clear the wrapped optimizer's momentum of them."""
         codes = [own.masked_fill(own == REDUNDANT, PRUNED) for own in self._codes()]
         self.atoms = self.atoms.masked_fill(self.atoms == REDUNDANT, PRUNED)
-        self._split = ((self.atoms, codes),)  # known without reading them back
+        self._split = ((self.atoms, codes),)  # known without a copy from the device
         self.zero_moments_()
         self._record_cost()
 
@@ -285,7 +290,7 @@ class SparseOptimizer(Choosing):
         return not self._loud and group.quiet and type(self.base) in ELEMENTWISE
 
     def _plan(self) -> Plan:
-        """What a step writes. Rebuilt when the state of atoms changes or a parameter was moved in memory."""
+        """The plan of a step's writes, rebuilt when the state of atoms changes or a parameter was moved in memory."""
         atoms, pointers = self.settled, [address(p) for group in self.param_groups for p in group["params"]]
         if self._planned is None or self._planned[0] is not atoms or self._planned[1] != pointers:
             quiet = [self._is_quiet(group) for group in self.node_groups]
@@ -299,11 +304,11 @@ def tensors_like(model: Any, shapes: Mapping[str, torch.Size], shrunk: bool) -> 
 
     Args:
         model: A module, a wrapper of one, or a mapping from names to tensors.
-        shapes: The shapes that it must have, by name.
-        shrunk: Whether the model was shrunk; a copy from before would not fit.
+        shapes: The shapes of the required tensors, by name.
+        shrunk: Whether the model was shrunk, so that the message mentions older copies.
 
     Raises:
-        UnknownParameterError: It lacks one, or has it in a different shape.
+        UnknownParameterError: The copy lacks a tensor, or has it in a different shape.
     """
     if isinstance(model, Mapping):
         tensors = {name.removeprefix("module."): tensor for name, tensor in model.items()} | dict(model)
@@ -322,9 +327,9 @@ def tensors_like(model: Any, shapes: Mapping[str, torch.Size], shrunk: bool) -> 
 
 
 def moments_of(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of ``state`` that drive ``p``, entry by entry.
+    """The tensors of ``state`` whose entries move the entries of ``p``.
 
-    Quantized ones (8-bit optimizers) are left out: they are not floating point, and their code 0 does not mean zero.
+    Quantized tensors (8-bit optimizers) are left out: they are not floating point, and code 0 does not mean zero.
     """
     held = [value for key, value in state.items() if isinstance(value, Tensor) and key not in DIVISORS]
     return [moment for moment in held if moment.is_floating_point() and moment.shape == p.shape]

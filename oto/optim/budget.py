@@ -1,11 +1,11 @@
-"""How much may still go before the target is met, for papers whose groups go at any step.
+"""How much may still be removed before the target is met, for algorithms that remove groups at any step.
 
 A choice (:mod:`oto.optim.select`) counts on the CPU what remains, and respects a target in any unit, multiples, ties
-and floors. A paper that lets a group go when it leaves its half-space must know at every step whether one more may go,
-and must not read back from the device which ones went. So the counts are read once a period, as it begins, and turned
-into a :class:`Budget` of prices that never overestimate the savings: costs are sums of products of counts, so several
-groups save together at most what each would save alone. The prices are added up until the next reading. What remains of
-the budget is spent in the next period.
+and floors. An algorithm that removes a group when it leaves its half-space must know at every step whether one more may
+be removed, without reading back from the device which ones were. So the counts are read at the beginning of each
+period, and turned into a :class:`Budget` of prices that never underestimate the savings: costs are sums of products of
+counts, so several groups together save at most the sum of what each would save alone. The prices are added up until the
+counts are read again. What remains of the budget is spent in the next period.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from oto.optim.entries import sent
 from oto.optim.target import Counts
 
 WHOLE = 1 << 40
-"""The cost of the full network in the integers that prices are counted in, so that sums are the same on every
-device."""
+"""The cost of the full network in the unit of prices, which are integers so that sums are equal on every device."""
 
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """What may still go, starting from known counts. G node groups, T ties (an untied group is its own), N atoms.
+    """How much may still be removed, starting from known counts.
 
-    Atoms go in *units*, of as many as the count of their group must be a multiple of. The first atom of a unit pays for
-    all of it. In a tie only the group that is first to begin a unit pays; the others have to follow.
+    The shapes below use G node groups, T ties (an untied group has its own), and N atoms.
+
+    Atoms are removed in *units* of as many as the count of their group must be a multiple of. The first removed atom of
+    a unit pays for the whole unit. In a tie, only the first group to begin a unit pays; the others must follow.
 
     Attributes:
         group: The node group of each atom, int64, shape ``(N,)``.
         tie: The tie of each node group, int64, shape ``(G,)``.
-        counts: Its remaining atoms, shape ``(G,)``.
-        whole: As many as a target counts: equal within a tie, and multiples.
-        unit: Atoms of a unit, shape ``(G,)``.
-        most: How many atoms it may lose, shape ``(G,)``.
-        price: What a unit saves, where ``WHOLE`` is the full cost, int64, shape ``(T,)``.
-        left: How far the cost is above the goal, in the same unit, int64 without dimensions.
-        lost: How many atoms each has lost since because the model was shrunk, shape ``(G,)``.
+        counts: The remaining atoms of each node group, shape ``(G,)``.
+        whole: The counts as the target measures them, equal within a tie and rounded to multiples, shape ``(G,)``.
+        unit: Number of atoms in a unit, shape ``(G,)``.
+        most: How many atoms each node group may lose, shape ``(G,)``.
+        price: The savings of a unit, where ``WHOLE`` is the full cost, int64, shape ``(T,)``.
+        left: The cost minus the goal, in the unit of ``price``, int64, shape ``()``.
+        lost: How many atoms each node group has lost since, because the model was shrunk, shape ``(G,)``.
     """
 
     group: Tensor
@@ -59,8 +60,8 @@ class Budget:
         """The budget of a choice, on the CPU.
 
         Args:
-            counts: The remaining atoms of each node group when they were read.
-            lost: How many of those were removed since, when the model was shrunk.
+            counts: The remaining atoms of each node group when they were last read.
+            lost: How many of those have been removed from the model since, because it was shrunk.
         """
         ties, per = choice.tied
         whole = whole_counts(choice, counts)
@@ -71,7 +72,7 @@ class Budget:
         most = np.where(saved[ties] > 0, np.maximum(counts - floor, 0), 0)
         full, goal, now = choice.target.full, choice.target.goal, choice.target.measure(whole)
         group = np.repeat(np.arange(len(choice.sizes)), choice.sizes)
-        # rounding must not keep the last group from going: each price is off by at most a half
+        # rounding must not prevent the removal of the last group: each price is off by at most a half
         left = round((now - goal) / full * WHOLE) + len(group)
         numbers = (group, ties, counts, whole, choice.multiples, most, np.rint(saved / full * WHOLE), left, lost)
         return cls(*(torch.from_numpy(np.asarray(n, dtype=np.int64)) for n in numbers))
@@ -81,10 +82,10 @@ class Budget:
         return replace(self, **own)
 
     def open(self, gone: Tensor) -> Tensor:
-        """Whether an atom of this node group may still go, bool, shape ``(N,)``.
+        """Whether one more atom of the node group of each atom may be removed, bool, shape ``(N,)``.
 
         Args:
-            gone: Which atoms went since the counts were read, bool, shape ``(N,)``.
+            gone: Which atoms were removed since the counts were read, bool, shape ``(N,)``.
         """
         away = self._away(gone)
         closed = self._closed_ties(self._closed(away))
@@ -94,17 +95,17 @@ class Budget:
         return fits[self.group]
 
     def allowed(self, candidates: Tensor, order: Tensor, gone: Tensor) -> Tensor:
-        """Those of the candidates that may go, bool, shape ``(N,)``.
+        """The candidates that may be removed, bool, shape ``(N,)``.
 
         Args:
-            candidates: What would go, bool, shape ``(N,)``.
-            order: The lowest go first, shape ``(N,)``.
-            gone: Which atoms went since the counts were read, bool, shape ``(N,)``.
+            candidates: The atoms to remove if possible, bool, shape ``(N,)``.
+            order: Candidates with the lowest values are removed first, shape ``(N,)``.
+            gone: Which atoms were removed since the counts were read, bool, shape ``(N,)``.
         """
         queue = torch.where(candidates, order, torch.inf).argsort(stable=True)
         own = self.group[queue]
         place = torch.arange(len(queue), device=queue.device)
-        by_group = own.argsort(stable=True)  # node group after node group, so the first of each is at a known place
+        by_group = own.argsort(stable=True)  # node group after node group, so the first of each has a known position
         first = torch.searchsorted(self.group, torch.arange(len(self.counts), device=queue.device))
         rank = torch.empty_like(place).scatter_(0, by_group, place - first[own[by_group]])
         away = self._away(gone)
@@ -118,11 +119,11 @@ class Budget:
         return torch.zeros_like(candidates).scatter_(0, queue, fits & (spent <= self.left))
 
     def _away(self, gone: Tensor) -> Tensor:
-        """How many atoms each node group lost, shape ``(G,)``."""
+        """How many atoms each node group has lost since the counts were read, shape ``(G,)``."""
         return self.lost.clone().index_add_(0, self.group, gone.to(torch.int64))
 
     def _closed(self, away: Tensor, of: Tensor | None = None) -> Tensor:
-        """How many units have begun once this many atoms of the node groups ``of``, or of all, are gone."""
+        """The number of units that have begun once ``away`` atoms of the node groups ``of`` (or of all) are removed."""
         counts, whole, unit = (x if of is None else x[of] for x in (self.counts, self.whole, self.unit))
         kept = (counts - away).clamp_min(0)
         closed = torch.div(whole + unit - 1, unit, rounding_mode="floor") - torch.div(kept, unit, rounding_mode="floor")
@@ -134,7 +135,7 @@ class Budget:
 
 
 def whole_counts(choice: Choice, counts: Counts) -> Counts:
-    """The counts as a target sees them: those of the emptiest group of each tie, rounded to multiples unless full."""
+    """The counts as a target measures them: the lowest of each tie, rounded down to multiples unless full."""
     ties, _ = choice.tied
     units = counts // choice.multiples
     fewest = np.full(ties.max(initial=-1) + 1, np.iinfo(np.int64).max)
@@ -146,10 +147,10 @@ def whole_counts(choice: Choice, counts: Counts) -> Counts:
 
 
 def rest(choice: Choice, scores: Tensor, alive: Tensor) -> Tensor:
-    """What must still go to meet the target after some atoms went by themselves, bool, shape ``(N,)``, on the CPU.
+    """The atoms that must still be removed to meet the target, bool, shape ``(N,)``, on the CPU.
 
-    First the lowest scores of node groups whose count is not that of their tie, or no multiple; then what the choice
-    adds.
+    These are the atoms with the lowest scores in node groups whose count is not that of their tie, or not a multiple,
+    and the atoms that the choice adds.
 
     Args:
         scores: Importance of every atom, shape ``(N,)``; higher is kept.
@@ -165,7 +166,7 @@ def rest(choice: Choice, scores: Tensor, alive: Tensor) -> Tensor:
 
 
 def _first_of(keys: Tensor) -> Tensor:
-    """Whether each key is the first with its value."""
+    """Whether each key is the first one with its value, bool."""
     by_key = keys.argsort(stable=True)
     ordered = keys[by_key]
     first = torch.ones_like(ordered, dtype=torch.bool)

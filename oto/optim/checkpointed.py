@@ -1,9 +1,9 @@
-"""The state of every atom, the progress of pruning, and both in checkpoints.
+"""Keep the state of every atom and the progress of pruning, and save both in checkpoints.
 
     optimizer.progress          # step 130 of 300, period 1 of 5: 0 of 1,216 groups are zero, 122 on their way; ...
     optimizer.pruned_groups     # {"conv1.weight": tensor([3, 17])}
 
-What a checkpoint holds is described in :mod:`oto.optim.state`.
+The contents of a checkpoint are described in :mod:`oto.optim.state`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ENTRY_BY_ENTRY = (
     torch.optim.Adadelta,
     torch.optim.AdamW,
 )
-"""Optimizers that update each entry from its own gradient and state alone; that of pruned entries may be cleared at any
-time."""
+"""Optimizers that update each entry from its own gradient and state alone, so the state of pruned entries may be
+cleared at any time."""
 
 
 class Checkpointed(Wrapper):
@@ -46,7 +46,7 @@ class Checkpointed(Wrapper):
 
     Args:
         params, choice, schedule: As in :class:`oto.optim.SparseOptimizer`, and so is the attribute ``history``.
-        options: What makes the wrapped optimizer.
+        options: The options of the wrapped optimizer, see :class:`oto.optim.options.BaseOptions`.
     """
 
     _split: tuple[tuple[Tensor, list[Tensor]], ...] = ()
@@ -58,11 +58,11 @@ class Checkpointed(Wrapper):
         super().__init__(params, options)
         self._fill_state()
 
-    # What became of the atoms ----------------------------------------------------------------------------------------
+    # The state of the atoms ------------------------------------------------------------------------------------------
 
     @property
     def clock(self) -> int:
-        """How many steps were taken."""
+        """Number of steps taken."""
         step: int = self.param_groups[0]["oto_step"]
         return step
 
@@ -82,10 +82,10 @@ class Checkpointed(Wrapper):
 
     @property
     def settled(self) -> Tensor:
-        """The state of the atoms that a step's plan is made from.
+        """The state of the atoms from which the plan of a step is made.
 
-        A paper may let atoms go at any step without reading back from the device which ones; then it is the state that
-        was read back last.
+        An algorithm may prune atoms at any step without reading back from the device which ones; then this is the state
+        that was last read back.
         """
         return self.atoms
 
@@ -96,7 +96,7 @@ class Checkpointed(Wrapper):
 
     @property
     def num_removed(self) -> int:
-        """Number of ZIGs that the model had before it was shrunk."""
+        """Number of ZIGs that were removed from the model when it was shrunk."""
         return int(self.choice.full.sum()) - self.num_atoms
 
     @property
@@ -106,12 +106,12 @@ class Checkpointed(Wrapper):
 
     @property
     def sparsity(self) -> float:
-        """Share of the full network's ZIGs that are at zero for good, in [0, 1]."""
+        """Share of the full network's ZIGs that are pruned, in [0, 1]."""
         return self.num_pruned / max(self.num_atoms + self.num_removed, 1)
 
     @property
     def progress(self) -> Progress:
-        """The progress of pruning: print it, or read its fields. If the optimizer is wrapped, ask the inner one."""
+        """The progress of pruning, to print or to read by field. A wrapper of this optimizer does not have it."""
         redundant, target = sum(int((own == REDUNDANT).sum()) for own in self._codes()), self.choice.target
         counts = np.array([int((own != PRUNED).sum()) for own in self._codes()], dtype=np.int64)
         return Progress(
@@ -126,17 +126,21 @@ class Checkpointed(Wrapper):
         )
 
     def schedule_in(self, first: Mapping[str, Any]) -> Schedule:
-        """When pruning happens in a run, by the first parameter group of its state dict."""
+        """The schedule of a run.
+
+        Args:
+            first: The first parameter group of its state dict.
+        """
         return self.schedule
 
     def record(self, **numbers: float | Tensor) -> None:
         """Add numbers of the coming step (a loss, an accuracy) to :attr:`history`.
 
         Args:
-            **numbers: By name; tensors of one element are read, which waits for their device.
+            **numbers: Numbers by name, or tensors of one element; reading these synchronizes with their device.
 
         Raises:
-            OptionError: One of them is no number. Nothing is added.
+            OptionError: A value is neither. Nothing is added.
         """
         made: dict[str, float] = {}
         for name, number in numbers.items():
@@ -162,7 +166,7 @@ class Checkpointed(Wrapper):
 
     @property
     def pruned_groups(self) -> dict[str, Tensor]:
-        """Atoms of the model at zero for good: node group name to sorted int64 indices, on the CPU."""
+        """Atoms of the model that are pruned: node group name to sorted int64 indices, on the CPU."""
         return self._having(PRUNED)
 
     def _having(self, code: int) -> dict[str, Tensor]:
@@ -170,7 +174,7 @@ class Checkpointed(Wrapper):
         return {name: atoms for name, atoms in rows.items() if len(atoms)}
 
     def _codes(self, atoms: Tensor | None = None) -> list[Tensor]:
-        """``atoms`` on the CPU, one tensor per node group. Synchronizes when they are new."""
+        """``atoms`` on the CPU, one tensor per node group. Cached; synchronizes when ``atoms`` is a new tensor."""
         atoms = self.atoms if atoms is None else atoms
         for known, codes in self._split:
             if known is atoms:
@@ -190,7 +194,7 @@ class Checkpointed(Wrapper):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def describe_setup(self) -> dict[str, Any]:
-        """The options that a checkpoint must agree with for pruning to continue, as plain values by name."""
+        """The options that must agree with those of a checkpoint for pruning to continue, as plain values by name."""
         schedule = self.schedule
         return {
             "optimizer": type(self).__name__,
@@ -209,7 +213,7 @@ class Checkpointed(Wrapper):
         return "\n".join(lines)
 
     def plan(self) -> str:
-        """What happens at which step, and what the learning rate should do; print it."""
+        """A printable text: what happens at which step, and how the learning rate should develop."""
         target, end = self.choice.target, self.schedule.end
         if not target.wants_less:
             return f"{target}\nnothing has to go: every step is one of {type(self.base).__name__}"
@@ -217,16 +221,16 @@ class Checkpointed(Wrapper):
         return "\n".join([str(target), *self.schedule.lines(), rate])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.
+        """The state dict in the form of torch, with the state of pruning in the first parameter group.
 
-        Momentum and first moments of pruned entries are zero in it if the wrapped optimizer updates each entry from its
-        own state alone.
+        If the wrapped optimizer updates each entry from its own state alone, the momentum and first moments of pruned
+        entries are set to zero first.
 
-        A wrapped optimizer that writes its own state dict (because it shards its state, or wraps another optimizer)
-        still does; what pruning needs is added to the first parameter group.
+        If the wrapped optimizer overrides ``state_dict()`` (because it shards its state, or wraps another optimizer),
+        its result is used, and the state of pruning is added to the first parameter group.
 
         Raises:
-            OTOError: It has no parameter groups.
+            OTOError: The wrapped optimizer's own state dict has no parameter groups.
         """
         if isinstance(self.base, ENTRY_BY_ENTRY):  # elsewhere, the state of pruned rows also affects the other rows
             self.zero_moments_()
@@ -241,12 +245,15 @@ class Checkpointed(Wrapper):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch. A state dict of the wrapped optimizer alone loads too; pruning then starts from the beginning.
+        """Load a state dict, as in torch.
+
+        A state dict of the wrapped optimizer alone can be loaded too; pruning then starts from the beginning.
 
         Raises:
-            SetupError: It was saved under a different schedule or target, and pruning has begun under one of the two.
-                Before that it is a ``SetupWarning``, and the setup of this optimizer applies. Or another optimizer was
-                wrapped there, which has other options; or it is of no optimizer.
+            SetupError: The state dict was saved under a different schedule or target, and pruning has begun under one
+                of the two. (Before that there is only a ``SetupWarning``, and the setup of this optimizer applies.) Or
+                it belongs to another wrapped optimizer with other options, or is not an optimizer's state dict.
+            OTOError: It belongs to a different model, or only one of the two models was shrunk.
         """
         state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -263,7 +270,7 @@ class Checkpointed(Wrapper):
             require_same_atoms(saved, self.param_groups[0], self.num_atoms, self.num_removed)
             require_same_setup(saved, self.param_groups[0])
         if isinstance(state := state_dict.get("state"), Mapping):
-            state_dict["state"] = dict(state)  # a sharded optimizer removes what it does not own
+            state_dict["state"] = dict(state)  # a sharded optimizer removes the state that it does not own
         if not keeps_own_state(self.base) and (foreign := foreign_options(self.base, saved)):
             raise SetupError(
                 f"the state dict is of another optimizer than {type(self.base).__name__}, with {some(foreign)}\n"
@@ -303,5 +310,5 @@ class Checkpointed(Wrapper):
         self.param_groups[0] |= {"oto_sums": torch.zeros(shape, device=self.atoms.device), "oto_seen": 0}
 
     def zero_moments_(self) -> None:
-        """Clear the state by which the wrapped optimizer would still move pruned entries, before it is saved."""
+        """Clear the state with which the wrapped optimizer would still move pruned entries, before it is saved."""
         raise NotImplementedError

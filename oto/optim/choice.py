@@ -1,10 +1,10 @@
-"""What to remove: a target, a measure of importance, and limits. The same for every sparse optimizer.
+"""Choose what to remove, from a target, a measure of importance, and limits. Shared by all sparse optimizers.
 
     choice = Choice.of(groups, {"target_macs": 0.5}, costs=costs, min_kept=0.2)
     gone = choice.select(scores, alive)   # bool, an entry for each atom
 
-A paper's own file says *how* chosen groups reach zero. How many go, and which, is decided here, from scores
-(:mod:`oto.optim.saliency`), costs (:mod:`oto.optim.target`) and limits (:mod:`oto.optim.select`).
+Each paper's own file defines *how* chosen groups reach zero. How many are chosen, and which, is decided here, from
+scores (:mod:`oto.optim.saliency`), costs (:mod:`oto.optim.target`) and limits (:mod:`oto.optim.select`).
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ from oto.optim.target import Counts, Measure, Target
 from oto.renamed import up_to_date
 
 FAR = 0.1
-"""If steps would miss the goal by more than this share of the full cost, groups with finer steps may fall below the
-floor."""
+"""If a choice stays below the goal by more than this share of the full cost, since widths change in coarse steps, node
+groups with finer steps may fall below the floor."""
 
 
 CHEAPER = (0.5, 1.0, 2.0, 8.0)
-"""Of segments of which one has to stay it is the best; if the target cannot be met so, importance is divided by cost
-to these powers, and at last it is the cheapest."""
+"""If one of several segments must stay, it is the most important one. If the target cannot be met with it, importance
+is divided by cost to each of these powers in turn; the last attempt keeps the cheapest segment."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Choice(Criteria):
-    """Which zero-invariant groups (ZIGs) go.
+    """How the zero-invariant groups (ZIGs) to remove are chosen.
 
     Attributes:
         groups: The prunable node groups.
         target: How much may remain.
         scope: ``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms.
         divisible: A node group that loses atoms keeps a multiple of this many.
-        align: The multiples for sizes of tensor dimensions, as they were given.
-        multiples: What the kept count of each node group that loses atoms must be a multiple of, for all these reasons.
+        align: The multiples for sizes of tensor dimensions, as the user gave them.
+        multiples: For each node group, the number that its kept count must be a multiple of if it loses atoms, from
+            ``divisible``, ``align`` and the group's own divisor. Like the following, int64 of shape ``(groups,)``.
         least: Atoms that each node group keeps in any case.
-        floor: Atoms that each keeps unless the target cannot be met otherwise.
-        full: Atoms that each had in the full network; ``groups`` has fewer once the model was shrunk.
+        floor: Atoms that each node group keeps unless the target cannot be met otherwise.
+        full: Atoms of each node group in the full network; ``groups`` has fewer once the model was shrunk.
         criteria, normalize, within, everywhere, by_cost, average_steps: As in :class:`oto.optim.criteria.Criteria`.
     """
 
@@ -82,10 +83,10 @@ class Choice(Criteria):
         latency: Measure | None = None,
         **options: Unpack[ChoiceOptions],
     ) -> Choice:
-        """Read the options that all sparse optimizers share.
+        """Make a choice from the options that all sparse optimizers share.
 
         Args:
-            node_groups: Node groups of the model; those that are not prunable are left alone.
+            node_groups: Node groups of the model; those that are not prunable are left out.
             target: The keywords of :meth:`Target.of`.
             costs, latency: See :meth:`Target.of`.
             **options: Those of :class:`oto.optim.options.ChoiceOptions`.
@@ -94,7 +95,7 @@ class Choice(Criteria):
             TargetError: An option is invalid; the target cannot be reached; or it is missed by more than 1 % of the
                 full cost because widths have to be multiples.
             OptionError: ``align`` is neither a positive number nor a preset; or an option is unknown.
-            UnknownParameterError: A glob of ``align`` or ``min_kept`` matches nothing.
+            UnknownParameterError: A glob of ``align``, ``min_kept`` or ``target_kept`` matches nothing.
             NothingPrunableError: There is a target, but no node group may lose an atom.
         """
         refuse_unknown(options, names_of(ChoiceOptions), "Choice")
@@ -106,7 +107,7 @@ class Choice(Criteria):
         whole, named = [group for group in node_groups if not group.prunable], target.get("target_kept")
         wanted = as_named(named, groups, divisors, whole) if isinstance(named, Mapping) else None
         asked = Target.of(target, sizes, costs, latency, wanted)
-        # a user's limit for every group replaces ours, and so do named counts
+        # a user's limit for every group replaces our floor, and so do named counts
         soft = 0.0 if published(options) or not (min_kept is None or isinstance(min_kept, Mapping)) else FLOOR
         self = cls(
             **criteria,
@@ -125,10 +126,10 @@ class Choice(Criteria):
         return self
 
     def _require_possible(self, min_kept: MinKept | None, held: str | None) -> None:
-        """Refuse a target that cannot be met, whatever the scores.
+        """Raise an error if the target cannot be met, whatever the scores.
 
         Args:
-            held: Lines about what stays whole because it is frozen, or because the user asked for it.
+            held: Lines about what stays whole because it is frozen, or because the user requested it.
         """
         if (self.least >= self.full).all():
             raise NothingPrunableError(
@@ -151,8 +152,8 @@ class Choice(Criteria):
 
     @cached_property
     def tied(self) -> tuple[Counts, Counts]:
-        """For each node group the number of its tie (an untied group is its own), and how many atoms it keeps for each
-        that the tie counts."""
+        """For each node group, the index of its tie (an untied group has its own), and how many of its atoms one step
+        of the tie is."""
         ties = ties_of(self.groups)
         if len(set(ties.tolist())) < len(ties):
             return ties, atoms_per_step(self.groups)
@@ -166,27 +167,27 @@ class Choice(Criteria):
 
     @cached_property
     def tied_measure(self) -> Measure:
-        """The cost as a function of the counts of ties."""
+        """The cost as a function of one count per tie."""
         return self.target.measure.tied(*self.tied) if self.has_ties else self.target.measure
 
     def lowest(self, counts: Counts) -> Counts:
-        """How many atoms each node group keeps in any case on the way from the given counts to the goal."""
-        if self.scope == "local":  # all lose the same share, so the numbers are known
+        """The minimum number of atoms that each node group keeps on the way from the given counts to the goal."""
+        if self.scope == "local":  # all lose the same share, so the final counts are known
             alive = torch.ones(sum(self.sizes), dtype=torch.bool)
             kept: Counts = np.minimum(self._counts(~self.select(alive.float(), alive)), counts)
             return kept
-        left = np.repeat(counts > 0, self.sizes)  # a segment has one atom; which of a set stay goes by position
+        left = np.repeat(counts > 0, self.sizes)  # a segment has one atom; the first ones of each set stay
         staying = staying_of(self.groups, np.zeros(len(left)), left)
         lowest: Counts = np.maximum(next(self._floors(self.target.goal)), staying)
         return lowest
 
     def select(self, scores: Tensor, alive: Tensor, share: float = 1.0) -> Tensor:
-        """The atoms that go, bool, shape ``(N,)``, on the CPU.
+        """The atoms to remove, bool, shape ``(N,)``, on the CPU.
 
         Args:
             scores: Importance of every atom, shape ``(N,)``.
             alive: Which atoms remain, bool, shape ``(N,)``.
-            share: How much of the way to the target to go.
+            share: The share of the total cost reduction to reach now, in (0, 1].
         """
         values, left = scores.double().cpu().numpy(), alive.cpu().numpy()
         sizes = np.array(self.sizes, dtype=np.int64)
@@ -222,9 +223,10 @@ class Choice(Criteria):
     def _limits(
         self, goal: float, values: np.ndarray[Any, Any], left: np.ndarray[Any, Any]
     ) -> Iterator[tuple[Counts, Counts]]:
-        """Floors, and the segments that have to stay: the best of each set, or cheaper ones if the goal is missed so.
+        """Pairs to try in turn: floors, and the segments that must stay.
 
-        Lower floors are only for steps too coarse to come near the goal above.
+        The segments are the best of each set at first, and cheaper ones if the goal cannot be met with these. Lower
+        floors are only needed if widths change in steps too coarse to come near the goal with higher ones.
         """
         staying = staying_of(self.groups, values, left)
         for least in self._floors(goal):
@@ -240,7 +242,7 @@ class Choice(Criteria):
             before = staying
 
     def _floors(self, goal: float) -> Iterator[Counts]:
-        """Floors between ``floor`` and ``least`` that allow for the goal, the highest first."""
+        """Floors between ``floor`` and ``least`` with which the goal can be met, the highest first."""
         for halvings in range(8):
             between = self.least + (self.floor - self.least) // 2**halvings
             floor: Counts = np.minimum(-(-between // self.multiples) * self.multiples, self.full)
@@ -251,20 +253,20 @@ class Choice(Criteria):
         yield self.least
 
     def require_near(self, left: Tensor, scores: Tensor) -> None:
-        """Refuse a target that widths cannot come near, because they change in large steps.
+        """Raise an error if the choice is far below the target, because widths change in large steps.
 
         Args:
-            left: What the present choice leaves, bool, shape ``(N,)``.
+            left: The atoms that the choice keeps, bool, shape ``(N,)``.
             scores: The scores it was made from, shape ``(N,)``.
 
         Raises:
-            TargetError: It is missed by more than 1 % of the full cost because widths have to be multiples.
+            TargetError: The target is missed by more than 1 % of the full cost because widths have to be multiples.
         """
         if text := self._missed(left, scores):
             raise TargetError(text)
 
     def warn_of_miss(self, left: Tensor) -> None:
-        """The same as a warning, for a choice that was made in training."""
+        """:meth:`require_near` as a warning, for a choice that is made during training."""
         if text := self._missed(left, torch.ones(len(left))):
             warnings.warn(text, CollapseWarning, stacklevel=users_level())
 
@@ -288,15 +290,15 @@ class Choice(Criteria):
         )
 
     def counts(self, left: Tensor) -> dict[str, int]:
-        """How many atoms of each node group remain.
+        """The number of remaining atoms of each node group, by name.
 
         Args:
-            left: Which ones, bool, shape ``(N,)``.
+            left: The atoms that remain, bool, shape ``(N,)``.
         """
         return dict(zip((group.name for group in self.groups), self._counts(left).tolist(), strict=True))
 
     def costing(self, left: Tensor) -> Tensor:
-        """The atoms whose node group costs anything: what lies in a segment that is gone costs nothing.
+        """The remaining atoms whose node group has a cost. Groups inside a removed segment have none.
 
         Args:
             left: The atoms that are not pruned, bool, shape ``(N,)``.
@@ -311,12 +313,12 @@ class Choice(Criteria):
         return np.array([int(own.sum()) for own in left.cpu().split_with_sizes(self.sizes)], dtype=np.int64)
 
     def warn_of_collapse(self, left: Tensor) -> None:
-        """Warn of node groups that fell below the floor because the target could not be met otherwise."""
+        """Warn about node groups below the floor, as the target could not be met otherwise."""
         counts = self._counts(left).tolist()
         pruned = [
             f"{group.name} ({count} of {full})"
             for group, count, floor, full in zip(self.groups, counts, self.floor, self.full, strict=True)
-            if group.size and count < floor  # one without atoms went with a segment
+            if group.size and count < floor  # a group without atoms was removed with a segment
         ]
         if pruned:
             warnings.warn(
@@ -328,7 +330,7 @@ class Choice(Criteria):
             )
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain values, for a checkpoint to be compared by."""
+        """The options as plain values, to compare with those in a checkpoint."""
         layout = _layout(self.groups)
         return (
             {
@@ -347,7 +349,7 @@ class Choice(Criteria):
 
 
 def _layout(groups: Iterable[NodeGroup]) -> dict[str, list[int]]:
-    """For each tie the number of its groups and the divisor of their counts; also for untied groups with a divisor."""
+    """For each tie, and each untied group with a divisor: the number of groups, and the divisor of their counts."""
     layout: dict[str, list[int]] = {}
     for group in groups:
         if group.tie is not None or group.divisor > 1:
@@ -359,14 +361,14 @@ def _layout(groups: Iterable[NodeGroup]) -> dict[str, list[int]]:
 def _rank(
     values: np.ndarray[Any, Any], left: np.ndarray[Any, Any], sizes: Counts, full: Counts
 ) -> np.ndarray[Any, Any]:
-    """For each atom the share of its full node group that is gone once all with lower values, and itself, are."""
+    """For each atom, the share of its full node group that is removed once it and all atoms with lower values are."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     place = places(np.where(left, values, -np.inf), sizes)
     return (place + 1 + (full - sizes)[group]) / full[group]
 
 
 def places(values: np.ndarray[Any, Any], sizes: Counts) -> Counts:
-    """For each atom the number of atoms in its node group with a lower value; of equal ones the first is the lowest.
+    """For each atom, the number of atoms in its node group with a lower value; among equal values the first is lowest.
 
     >>> places(np.array([3.0, 1.0, 2.0, 5.0, 5.0]), np.array([3, 2]))
     array([2, 0, 1, 0, 1])

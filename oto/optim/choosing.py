@@ -1,12 +1,12 @@
-"""How an optimizer chooses: it scores every atom, now or averaged over steps, and marks those that are to go.
+"""Choose atoms during training: score every atom, now or averaged over steps, and mark those to remove.
 
 ::
 
     self.observe(self.schedule.until_choice(t))         # at each step: add its gradients to the averages
     if self.schedule.starts_period(t):
-        self.choose_redundant(self.schedule.share(t))   # mark; what a paper then does to them is its own
+        self.choose_redundant(self.schedule.share(t))   # mark; each paper brings them to zero in its own way
 
-The rule itself, from scores to atoms, is in :mod:`oto.optim.choice`.
+The rule that selects atoms from scores is in :mod:`oto.optim.choice`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from oto.shards import any_sharded
 
 
 class Choosing(Compensating):
-    """A wrapping optimizer that chooses which atoms of its node groups go."""
+    """A wrapping optimizer that chooses which atoms of its node groups to remove."""
 
     _computed: tuple[Sequence[Tensor], list[NodeGroup]] | None = None
 
@@ -54,7 +54,7 @@ class Choosing(Compensating):
         first["oto_seen"] += 1
 
     def scores(self) -> Tensor:
-        """Importance of every atom now, shape ``(N,)``.
+        """The current importance of every atom, shape ``(N,)``.
 
         Raises:
             NonFiniteParameterError: A parameter or gradient holds NaN or infinity.
@@ -71,7 +71,7 @@ class Choosing(Compensating):
         return scores
 
     def choose_redundant(self, share: float) -> None:
-        """Mark the atoms that are to be zero once ``share`` of the way to the target is done."""
+        """Mark atoms as redundant such that removing them achieves ``share`` of the total cost reduction."""
         if not self.choice.target.wants_less:
             return
         self._record_cost()
@@ -81,7 +81,7 @@ class Choosing(Compensating):
         """Mark atoms as redundant; all others that are not pruned become free.
 
         Args:
-            chosen: The atoms that are to be zero, bool, shape ``(N,)``.
+            chosen: The atoms to bring to zero, bool, shape ``(N,)``.
             final: Whether this is the last choice.
         """
         alive = self.atoms != PRUNED
@@ -93,10 +93,13 @@ class Choosing(Compensating):
             self.choice.warn_of_miss(self.atoms == FREE)
             self.choice.warn_of_collapse(self.atoms == FREE)
 
-    # What is scored, and what cannot be ------------------------------------------------------------------------------
+    # The entries that are scored, and checks -------------------------------------------------------------------------
 
     def entries(self) -> list[Entries]:
-        """The ``zeros`` slices of every node group, with the direction of steepest ascent of the objective."""
+        """The entries of the ``zeros`` slices of every node group, with their gradients.
+
+        With ``maximize`` the sign of a gradient is changed, so that the step always descends along it.
+        """
         self.refuse_sparse_gradients()
         parameters, maximized = self.parameters(), self.maximized()
         if any_sharded(parameters.values()):
@@ -104,11 +107,11 @@ class Choosing(Compensating):
         return [self.entries_of(group, parameters, maximized) for group in self.computed_groups()]
 
     def computed_groups(self) -> list[NodeGroup]:
-        """The node groups, without slices of what lies in a segment at zero for good: nothing reads them there."""
+        """The node groups, without slices of parameters in pruned segments, which have no effect on any output."""
         if not any(group.segment for group in self.node_groups):
             return list(self.node_groups)
         codes = self._codes()
-        if self._computed is None or self._computed[0] is not codes:  # a list of its own for each choice
+        if self._computed is None or self._computed[0] is not codes:  # codes is a new list after each choice
             self._computed = codes, self._without_gone(codes)
         return list(self._computed[1])
 
@@ -116,7 +119,7 @@ class Choosing(Compensating):
         parameters, gone = self.parameters(), set[str]()
         for group, atoms in zip(self.node_groups, codes, strict=True):
             if group.segment and group.size and bool((atoms == PRUNED).all()):
-                # of entries behind a concatenation only some belong to the segment
+                # of a parameter after a concatenation, only some entries belong to the segment
                 whole = (
                     own for own in group.slices if own == Slice.whole(own.parameter, parameters[own.parameter].shape)
                 )
@@ -129,27 +132,32 @@ class Choosing(Compensating):
         return list(map(read, self.node_groups)) if gone else list(self.node_groups)
 
     def maximized(self) -> set[str]:
-        """Parameters of groups with ``maximize``, whose gradients point uphill."""
+        """Names of the parameters in parameter groups with ``maximize=True``."""
         return {n for group in self.param_groups if group.get("maximize", False) for n in group["param_names"]}
 
     def sums(self, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Sums:
-        """What criteria see if parameters are spread over processes."""
+        """The sums that criteria read if parameters are sharded over processes."""
         return Sums.of(self.computed_groups(), parameters, maximized=maximized, device=self.atoms.device)
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
-        """Those of one node group. A paper may put other numbers in the place of the parameters."""
+        """The entries of one node group. Subclasses may replace the parameters by other tensors."""
         return Entries.of(group, parameters, maximized)
 
     def refuse_sparse_gradients(self) -> None:
-        """Raise if a parameter of a node group has a sparse gradient."""
+        """Raise ``OTOError`` if a parameter of a node group has a sparse gradient."""
         refuse_sparse_gradients(self.node_groups, self.parameters())
 
     def check_scores(self, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor], scores: Tensor) -> None:
-        """Raise if nothing can be chosen by these: a score is not finite, or there are no gradients. Synchronizes."""
+        """Check the scores before a choice. Synchronizes.
+
+        Raises:
+            NonFiniteParameterError: A score is NaN or infinite.
+            NoGradientError: The criteria need gradients, and there are none.
+        """
         require_finite(scores, self.node_groups, entries, self.clock)
         remedy = "call loss.backward() before optimizer.step(), of a loss that depends on the model's parameters"
         if any_entry_of(p.grad for p in self.parameters().values()):
-            # layers after the groups have gradients, and pass none on
+            # layers after the groups have gradients, but pass none back to them
             remedy = "a layer after them is still zero, it seems: let pruning begin later (start_pruning_step=)"
         require_gradients(self.node_groups, entries, self.choice.costing(self.atoms != PRUNED), averages, remedy)
         if not averages and not any_gradient(entries):

@@ -1,8 +1,9 @@
-"""Closed-form compensation: the weights that read an axis make up for the entries that are removed from it.
+"""Closed-form compensation: change the weights that read an axis to make up for the entries removed from it.
 
-A reader computes ``y = W x + b``. When the entries P of ``x`` go and S stay, the removed entries are approximated by
-least squares, ``x_P ≈ B x_S + c``, and that is folded into the reader: ``W_S += W_P B`` and ``b += W_P c``. With the
-second moments of the input, ``M = E[x xᵀ]``, its mean ``μ`` and its covariance ``C = M - μ μᵀ``, the kinds are
+A reader computes ``y = W x + b``. If the entries P of ``x`` are removed and S stay, the removed entries are
+approximated by least squares, ``x_P ≈ B x_S + c``, which is folded into the reader: ``W_S += W_P B`` and
+``b += W_P c``. With the second moments of the input ``M = E[x xᵀ]``, its mean ``μ`` and its covariance
+``C = M - μ μᵀ``, the kinds are
 
 ========  ===========================  =============  ==========================================================
 kind      B                            c              as in
@@ -13,18 +14,18 @@ ridge     ``M_PS (M_SS + λI)⁻¹``       0              OBS (arXiv 2302.04089,
 bias      0                            ``μ_P``        FLAP (arXiv 2312.11983, equation 6)
 ========  ===========================  =============  ==========================================================
 
-where λ is ``ridge`` times the mean of the diagonal that it is added to. If a reader has no bias, and is followed by no
-batch norm whose running mean could absorb the constant, there is no ``c``: then an affine fit is a ridge fit, and
-``bias`` does nothing.
+where λ is ``ridge`` times the mean of the diagonal that it is added to. If a reader has no bias, and is not followed by
+a batch norm whose running mean could absorb the constant, there is no ``c``: then an affine fit is a ridge fit, and
+``bias`` has no effect.
 
 The fit minimizes ``E||x_P - B x_S - c||²``, and thereby ``E||y - y'||²`` of every linear reader, so readers of the
-same tensor share it. A convolution of n channels with a small kernel is unrolled: the fit covers all entries that
-the kernel sees at a position, so it is the least-squares fit of its output. Where that would take too many numbers,
+same tensor share it. A convolution of n channels with a small kernel is unrolled: the fit covers all entries under the
+kernel at a position, so it is the least-squares fit of the convolution's output. If that would take too much memory,
 O(n² k⁴), the fit is per pixel, with the same ``B`` for every entry of the kernel. The constant is then exact except at
-the border, where part of the kernel sees padding.
+the border, where part of the kernel covers padding.
 
-Removed entries hold zero or are multiplied by zeros, so they no longer contribute. The zeroed and folded model is the
-one that the slim model is proved equal to.
+Removed entries are zero or multiplied by zeros, so they no longer contribute. The slim model is proved equal to the
+zeroed and folded model.
 """
 
 from __future__ import annotations
@@ -49,24 +50,24 @@ RIDGE = 0.01
 """Damping, as a share of the mean of the diagonal."""
 
 WIDE = 4096
-"""Moments of more entries than this are held in float32."""
+"""Moments of rows with more entries than this are in float32, others in float64."""
 
 UNROLLED = 1024
-"""Convolutions are unrolled up to this many entries: channels times kernel."""
+"""A convolution is unrolled if its rows have at most this many entries: channels times kernel size."""
 
 ROOM = 2**30
-"""Bytes of second moments that are held at a time, unless a single group needs more."""
+"""Maximum bytes of second moments in memory at a time, unless a single group needs more."""
 
 Key = tuple[Any, ...]
 
 
 @dataclass(eq=False)
 class Moments:
-    """Sums over all rows that a reader has read.
+    """Sums over all input rows of a reader.
 
     Attributes:
-        count: Rows.
-        first: Their sum, shape ``(batch, n)``.
+        count: Number of rows.
+        first: The sum of the rows, shape ``(batch, n)``.
         second: The sum of their outer products, shape ``(batch, n, n)``.
     """
 
@@ -92,7 +93,7 @@ class Moments:
 
     @property
     def raw(self) -> Tensor:
-        """``E[x xᵀ]``; made anew each time, as it is as large as all sums."""
+        """``E[x xᵀ]``, shape ``(batch, n, n)``; not cached, since it is as large as ``second``."""
         return self.second / self.count
 
     @property
@@ -101,15 +102,24 @@ class Moments:
         return self.second.diagonal(dim1=-2, dim2=-1) / self.count - self.mean.square()
 
     def fit(self, stay: Tensor, go: Tensor, kind: str, ridge: float) -> tuple[Tensor, Tensor]:
-        """Fit the entries ``go`` by those that ``stay``: ``B``, shape ``(batch, go, stay)``; ``c``, ``(batch, go)``."""
+        """Fit the entries ``go`` by the entries ``stay``.
+
+        Args:
+            stay, go: Indices of entries, int64.
+            kind: One of :data:`KINDS`.
+            ridge: Damping, as a share of the mean of the diagonal.
+
+        Returns:
+            ``B``, shape ``(batch, go, stay)``, and ``c``, shape ``(batch, go)``.
+        """
         mean = self.mean
         if kind == "bias":
             return mean.new_zeros(len(mean), len(go), len(stay)), mean[:, go]
         rows = self.second[:, stay].div_(self.count)
         if kind == "affine":
-            rows.baddbmm_(mean[:, stay, None], mean[:, None], alpha=-1)  # their rows of the covariance
+            rows.baddbmm_(mean[:, stay, None], mean[:, None], alpha=-1)  # now rows of the covariance
         among, across = rows[:, :, stay], rows[:, :, go]
-        del rows  # of n² numbers there are three at most: the sums, and what is factored before and after
+        del rows  # at most three matrices of n² numbers exist: the sums, the matrix to factor, and its factor
         B = _solved(among, across, ridge).mT
         if kind == "ridge":
             return B, mean.new_zeros(len(B), len(go))
@@ -117,8 +127,11 @@ class Moments:
 
 
 def _factor(matrix: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor, with a share of the mean of the diagonal added to that, 1 where all of it is zero; with more
-    damping if rounding makes the matrix indefinite. The matrix is written to."""
+    """The Cholesky factor of a matrix with damping; overwrites the diagonal of the matrix.
+
+    The damping is ``ridge`` times the mean of the diagonal, or 1 if the diagonal is zero. It is increased if rounding
+    makes the matrix indefinite.
+    """
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     plain, mean = diagonal.clone(), diagonal.mean(-1, keepdim=True)
     least = 10 * torch.finfo(matrix.dtype).eps
@@ -132,29 +145,29 @@ def _factor(matrix: Tensor, ridge: float) -> Tensor:
 
 
 def _solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
-    """``(among + λI)⁻¹ across``; ``among`` is written to."""
+    """``(among + λI)⁻¹ across``; overwrites the diagonal of ``among``."""
     solved: Tensor = torch.cholesky_solve(across, _factor(among, ridge))
     return solved
 
 
 def fitted(reader: Reader) -> Reader:
-    """The form in which a reader is fitted: unrolled, if it is a convolution that is not too wide."""
+    """The form in which a reader is fitted: unrolled if that gives rows of at most ``UNROLLED`` entries."""
     unrolled = reader.unrolled
     return unrolled if unrolled.width <= UNROLLED else reader
 
 
 def fitted_readers(found: Readers) -> Readers:
-    """All readers in the form in which they are fitted."""
+    """All readers, in the form in which they are fitted."""
     return replace(found, found=tuple(map(fitted, found.found)))
 
 
 def key_of(reader: Reader) -> Key:
-    """What readers of the same tensors have in common: they share their moments."""
+    """A key that is equal for readers of the same tensors, which share their moments."""
     return tuple((value.index, *how) for value, *how in reader.sources)
 
 
 def packed(groups: Sequence[NodeGroup], readers: Readers) -> list[list[NodeGroup]]:
-    """The groups in packs, each as large as there is room for the moments of its readers."""
+    """Divide the groups into packs such that the moments of a pack's readers fit in ``ROOM`` bytes."""
     packs: list[list[NodeGroup]] = []
     needed: dict[Key, int] = {}
     for group in groups:
@@ -170,21 +183,21 @@ def packed(groups: Sequence[NodeGroup], readers: Readers) -> list[list[NodeGroup
 
 @contextmanager
 def listening(readers: Iterable[Reader], parameters: Mapping[str, Tensor]) -> Iterator[dict[Key, Moments]]:
-    """While inside, add up the moments of what readers read. Only forward passes may run, without gradients.
+    """Context manager that adds up the moments of the readers' inputs while the model runs, without gradients.
 
     Yields:
-        The moments by :func:`key_of`; those of readers that were not called yet are missing.
+        The moments by :func:`key_of`; readers that were not called yet have none.
     """
     found: dict[Key, Moments] = {}
     listener = _Listener(found)
     for key, reader in {key_of(reader): reader for reader in readers}.items():
         listener.hear(key, reader, reader.weight(parameters[reader.parameter]))
-    with torch.inference_mode(), listener:  # operators arrive undecomposed, as they did when the model was traced
+    with torch.inference_mode(), listener:  # operators are not decomposed, as in the trace
         yield found
 
 
 class _Listener(TorchDispatchMode):
-    """Sees every call, and picks those that multiply with the weights of readers."""
+    """Intercepts every call, and handles those that multiply with the weights of readers."""
 
     def __init__(self, found: dict[Key, Moments]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -221,7 +234,10 @@ def _lies(tensor: Tensor) -> object:
 
 @dataclass(frozen=True, eq=False)
 class SplitEntries:
-    """Which entries of a reader's input stay and which go now. Those that went before are in neither."""
+    """The entries of a reader's input that stay, and those that are removed now, as int64 indices.
+
+    Entries that were removed before are in neither.
+    """
 
     stay: Tensor
     go: Tensor
@@ -239,17 +255,17 @@ def fold_(
     kind: str = "affine",
     ridge: float = RIDGE,
 ) -> list[str]:
-    """Fold what the removed entries carried into their readers, in place.
+    """Fold the approximation of the removed entries into their readers, in place.
 
     Args:
         moments: The result of :func:`listening`.
-        entries: Which entries of each reader's input stay and go.
+        entries: Returns which entries of a reader's input stay and which are removed.
         tensors: Parameters and buffers, by name.
         kind: One of :data:`KINDS`.
-        ridge: Damping.
+        ridge: Damping, as a share of the mean of the diagonal.
 
     Returns:
-        The names of readers that no batch reached; they are unchanged.
+        The parameter names of readers that no batch reached; these are unchanged.
     """
     unreached, fits = [], dict[Any, tuple[Tensor, Tensor]]()
     for reader in readers:
@@ -290,20 +306,21 @@ def touched(readers: Iterable[Reader]) -> set[str]:
     return {name for r in readers for name in (r.parameter, *([r.shift[0]] if r.shift else []))}
 
 
-# --- what it costs to lose an atom ------------------------------------------------------------------------------------
+# --- the error of removing an atom ------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Surgeon:
     """The optimal brain surgeon of one reader, for atoms of several entries (ZipLM, arXiv 2302.04089, equation 2).
 
-    An atom costs ``tr(W_a [H⁻¹]_aa⁻¹ W_aᵀ)``: the error of the reader's output after the others have taken over, with
-    ``H = M + λI``. Once it has gone, ``W -= W_a [H⁻¹]_aa⁻¹ [H⁻¹]_a`` and ``H⁻¹ -= [H⁻¹]ᵀ_a [H⁻¹]_aa⁻¹ [H⁻¹]_a``.
+    With ``H = M + λI``, removing an atom costs ``tr(W_a [H⁻¹]_aa⁻¹ W_aᵀ)``: the error of the reader's output after the
+    other atoms have compensated for it. The removal updates ``W -= W_a [H⁻¹]_aa⁻¹ [H⁻¹]_a`` and
+    ``H⁻¹ -= [H⁻¹]ᵀ_a [H⁻¹]_aa⁻¹ [H⁻¹]_a``.
 
     Attributes:
         rows: The weight, shape ``(batch, rows, n)``.
-        inverse: ``H⁻¹``, shape ``(batch, n, n)``; identity where entries have gone before.
-        blocks: The entries of each atom, shape ``(atoms, entries)``.
+        inverse: ``H⁻¹``, shape ``(batch, n, n)``; identity at the entries of removed atoms.
+        blocks: The indices of each atom's entries, shape ``(atoms, entries)``.
     """
 
     rows: Tensor
@@ -316,7 +333,7 @@ class Surgeon:
         return cls(rows, torch.cholesky_inverse(_factor(moments.raw, ridge)), blocks.to(rows.device))
 
     def scores(self) -> Tensor:
-        """What each atom costs, float64, shape ``(atoms,)``."""
+        """The cost of removing each atom, float64, shape ``(atoms,)``, on the CPU."""
         at = self.blocks
         own = self.inverse[:, at[:, :, None], at[:, None, :]]  # (batch, atoms, entries, entries)
         w = self.rows[:, :, at].permute(0, 2, 3, 1)  # (batch, atoms, entries, rows)
@@ -324,7 +341,7 @@ class Surgeon:
         return scores.cpu()
 
     def remove(self, atoms: Tensor) -> None:
-        """Remove some atoms; the others take over."""
+        """Remove some atoms; the others compensate for them."""
         at = self.blocks[atoms.to(self.blocks.device)].reshape(-1)
         own = torch.linalg.solve(self.inverse[:, at][:, :, at], self.inverse[:, at])
         self.rows -= self.rows[:, :, at] @ own
@@ -335,13 +352,13 @@ class Surgeon:
 
 
 def greedy(surgeons: Sequence[Surgeon], alive: NDArray[np.bool_], go: int, steps: int = 64) -> NDArray[np.int64]:
-    """The atoms to remove, in order: each costs the readers least once those before it are gone.
+    """The atoms to remove, in order: each is the one with the lowest cost after the removal of those before it.
 
     Args:
         surgeons: One for each reader of the atoms; they are modified.
         alive: Which atoms are left, shape ``(atoms,)``.
-        go: How many are to go.
-        steps: If more than this many go, several go at once.
+        go: Number of atoms to remove.
+        steps: Maximum number of rounds; if ``go`` is larger, several atoms are removed in each.
     """
     gone: list[int] = []
     left = torch.from_numpy(alive.copy())

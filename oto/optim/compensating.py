@@ -1,13 +1,12 @@
-"""Compensation while training, as an optimizer does it: from each choice on, the atoms that stay take over what those
-that go carried.
+"""Compensation during training: after each choice, the remaining atoms gradually compensate for the chosen ones.
 
 ::
 
-    optimizer.take_over(fold)   # oto.hesso(compensate="affine", ...) does it
-    optimizer.begin_fold()      # a choice was made: fit, and take over the first part
-    optimizer.go_on_folding()   # each step after it: take over the next part
+    optimizer.take_over(fold)   # enable it; oto.hesso(compensate="affine", ...) does this
+    optimizer.begin_fold()      # after a choice: fit, and apply the first part of the change
+    optimizer.go_on_folding()   # each step after it: apply the next part
 
-What is fitted, and from what, is in :mod:`oto.optim.fold`.
+The fit is in :mod:`oto.optim.fold`.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from oto.optim.plan import FREE, PRUNED
 
 
 class Compensating(Checkpointed):
-    """A wrapping optimizer whose remaining atoms may take over what pruned ones carried.
+    """A wrapping optimizer that may compensate for pruned atoms.
 
     Attributes:
-        compensate: How they do, one of :data:`oto.optim.compensate.KINDS`; ``None`` if they do not.
-        fold_at_choice: Whether that begins when atoms are chosen, or later, where a paper first lets groups shrink in
-            its own way.
+        compensate: The kind of fit, one of :data:`oto.optim.compensate.KINDS`; ``None`` for no compensation.
+        fold_at_choice: Whether compensation begins when atoms are chosen. If not, a subclass begins it later, after
+            groups have shrunk in another way.
     """
 
     _fold: Fold | None = None
@@ -34,15 +33,15 @@ class Compensating(Checkpointed):
     fold_at_choice = True
 
     def take_over(self, fold: Fold) -> None:
-        """Compensate by ``fold``, from the next choice on."""
+        """Compensate with ``fold``, from the next choice on."""
         self._fold, self.compensate = fold, fold.kind
         self._fill_state()
 
     def fold(self) -> Fold | None:
-        """How remaining atoms take over, if they do.
+        """The compensation, or ``None`` if there is none.
 
         Raises:
-            OptionError: They do, and this is a copy, which does not know the model.
+            OptionError: The optimizer compensates, but is a copy, which has no reference to the model.
         """
         if self._fold is None and self.compensate is not None:
             raise OptionError(
@@ -53,10 +52,10 @@ class Compensating(Checkpointed):
         return self._fold
 
     def begin_fold(self) -> None:
-        """Fit what the redundant atoms carry, and take over the first part; the rest follows until the period ends.
+        """Fit the redundant atoms, and apply the first part of the change; the rest follows until the period ends.
 
         Raises:
-            OptionError: As in :meth:`fold`; or no batch reached a weight that reads what goes.
+            OptionError: As in :meth:`fold`; or no batch reached a weight that reads the redundant atoms.
         """
         period, fold = self.schedule.period(self.clock), self.fold()
         if fold is None or period is None:
@@ -68,7 +67,7 @@ class Compensating(Checkpointed):
         fold.begin(self.param_groups[0], self.node_groups, before, after, steps)
 
     def go_on_folding(self) -> None:
-        """Take over the next part, if one is due.
+        """Apply the next part of the change, if one is due.
 
         Raises:
             OptionError: As in :meth:`fold`.
@@ -77,10 +76,10 @@ class Compensating(Checkpointed):
             fold.go_on(self.param_groups[0])
 
     def refuse_shrinking(self) -> None:
-        """Refuse to go on with a smaller model.
+        """Check that the optimizer does not compensate, before it continues with a smaller model.
 
         Raises:
-            ShrinkError: Atoms are compensated, and what reads them is known for the full model only.
+            ShrinkError: It does. The readers of atoms are known for the full model only.
         """
         if self.compensate is not None:
             raise ShrinkError(
@@ -90,9 +89,9 @@ class Compensating(Checkpointed):
             )
 
     def plan(self) -> str:
-        """What happens at which step, what the learning rate should do, and what takes over; print it."""
+        """As in :class:`Checkpointed`, with the readers that compensate."""
         return super().plan() if self._fold is None else f"{super().plan()}\n{self._fold}"
 
     def describe_setup(self) -> dict[str, Any]:
-        """As in :class:`Checkpointed`, with what takes over."""
+        """As in :class:`Checkpointed`, with the kind of compensation."""
         return super().describe_setup() | ({} if self.compensate is None else {"compensate": self.compensate})

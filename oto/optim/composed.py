@@ -1,4 +1,4 @@
-"""A weight and its adapters as one operator, ``W + γ B A``: its entries by group, and merging it into the weight."""
+"""Handle a weight and its adapters as one operator, ``W + γ B A``: score its entries, and merge it into the weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class OnDemand(Sequence[T]):
-    """Items that are made when they are asked for, and not kept, since each is as large as a weight."""
+    """A sequence whose items are computed on each access and not cached, since each is as large as a weight."""
 
     def __init__(self, makers: Sequence[Callable[[], T]]) -> None:
         self.makers = makers
@@ -54,7 +54,8 @@ class Composed:
         return found
 
     def pairs(self, group: NodeGroup) -> Iterator[tuple[Slice, Adapter, Slice]]:
-        """The zeroed slices of weights that have an adapter, with it and the slice of its factor for the atoms."""
+        """Each zeroed slice of a weight with an adapter, the adapter, and the slice of its factor with the same
+        atoms."""
         for piece in group.zeros:
             for adapter in self._by_weight.get(piece.parameter, ()):
                 name, dim = adapter.factor(piece.dim)
@@ -64,17 +65,20 @@ class Composed:
                         break
 
     def operators(self, group: NodeGroup) -> NodeGroup:
-        """The group without slices of factors, which belong to the weights that they are added to."""
+        """The group without slices of adapter factors, which are handled together with their weights."""
         parts = [factor for _, _, factor in self.pairs(group)]
         slices, zeros = (tuple(p for p in own if p not in parts) for own in (group.slices, group.zeros))
         return replace(group, slices=slices, zeros=zeros)
 
     def entries_of(self, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str]) -> Entries:
-        """What criteria see: ``W + γ B A``, and for its gradient ``∂B A + B ∂A``, along which a step of descent in the
-        factors moves their product (LoRAPrune, arXiv 2305.18403, equation 9, without the term of second order)."""
+        """The entries that criteria read: those of ``W + γ B A``, with the gradient ``∂B A + B ∂A``.
+
+        This is the direction in which a descent step in the factors moves their product (LoRAPrune, arXiv 2305.18403,
+        equation 9, without the second-order term).
+        """
         alone = self.operators(group)
         plain = Entries.of(alone, parameters, maximized)
-        if not group.size:  # it went with a segment
+        if not group.size:  # it was removed with a segment
             return plain
         paired = {piece for piece, _, _ in self.pairs(group)}
 
@@ -94,11 +98,12 @@ class Composed:
         return replace(plain, weights=of(operator, plain.weights), gradients=of(gradient, plain.gradients))
 
     def absorb_(self, groups: Sequence[NodeGroup], rows: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
-        """Merge what the adapters add for some atoms into the weights; the operators do not change.
+        """Merge the adapters' part of some atoms into the weights, and zero it in a factor; the operators do not
+        change.
 
         Args:
             groups: Node groups.
-            rows: For each, the atoms, sorted int64 indices.
+            rows: For each group, the atoms, sorted int64 indices.
         """
         for group, atoms in zip(groups, rows, strict=True):
             for piece, adapter, factor in self.pairs(group) if len(atoms) else ():
@@ -110,12 +115,12 @@ class Composed:
                 cleared = place_of(factor, parameters[factor.parameter].detach(), atoms, group.size, 0)
                 zero_([] if cleared is None else [cleared])
 
-    # Where parameters are spread over processes ------------------------------------------------------------------
+    # Parameters that are sharded over processes ------------------------------------------------------------------
 
     def sums(
         self, groups: Sequence[NodeGroup], parameters: Mapping[str, Tensor], maximized: Container[str], device: Any
     ) -> Sums:
-        """What criteria see where parameters are spread over processes: as in :meth:`entries_of`."""
+        """The sums that criteria read if parameters are sharded over processes; see :meth:`entries_of`."""
         paired = {piece.parameter for group in groups for piece, _, _ in self.pairs(group)}
         own = [self.operators(group) for group in groups]
         gradients: dict[str, Callable[[], Tensor]] = {
@@ -136,7 +141,7 @@ class Composed:
 
 
 class Looked(Mapping[str, Tensor]):
-    """Tensors by name that are made when they are asked for, and not kept, since each is as large as a weight."""
+    """A mapping whose tensors are computed on each access and not cached, since each is as large as a weight."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
         self.makers = makers
@@ -155,13 +160,13 @@ class Looked(Mapping[str, Tensor]):
 
 
 def spread_product(adapter: Adapter, parameters: Mapping[str, Tensor]) -> Tensor:
-    """``γ B A``, spread over processes as ``W`` is: the factors are gathered, which are small, and no product is."""
+    """``γ B A``, sharded like ``W``: the small factors are gathered, and each process computes its part."""
     up, down, weight = (parameters[name].detach() for name in (adapter.up, adapter.down, adapter.weight))
     return _spread(adapter, up, down, weight) * adapter.scale
 
 
 def _spread(adapter: Adapter, up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
-    """``B A`` as ``W`` is spread."""
+    """``B A``, sharded like ``W``."""
     sharding = Sharding.of(weight)
     factors = {adapter.up: gathered_tensor(up), adapter.down: gathered_tensor(down)}
     for dim in range(weight.dim()) if sharding is not None else ():

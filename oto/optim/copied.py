@@ -1,14 +1,14 @@
-"""Keep a copy of some rows, to compare what a step made of them with what they were before.
+"""Keep a copy of some rows, to compare their values before and after a step.
 
     copied = Copied(rows)
     sq = copied.remember_()                            # copies x; ||x_g||² of every atom
     ...                                                # a step, from x to x̂
     inner = copied.subtract_dot_(factors, rates)       # x̂_g -= rate · factor_g · x_g, then <x̂_g, x_g>
 
-A model has hundreds of slices. Most are short (biases, norms), and calling torch on a short one costs as much as
-reading a hundred kilobytes. So whatever can be looked up once is: rows as matrices, memory for products, a place for
-each sum; and all slices with one entry per atom are handled as one vector. A step reads and writes each entry only as
-often as its formula needs, block by block, so that each call finds in the cache what the last one left there.
+A model has hundreds of slices. Most are short (biases, norms), and a torch call on a short slice costs as much as
+reading a hundred kilobytes. So everything that stays the same is prepared once: rows as matrices, memory for products
+and for sums; and all slices with one entry per atom are handled as one vector. A step reads and writes each entry only
+as often as its formula requires, block by block, so that the data of a block stays in the cache between calls.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NOTHING = torch.empty(0)
 
 
 class Copied:
-    """The entries of some atoms, and what they were when they were copied.
+    """The entries of some atoms, and a copy of their earlier values.
 
     Args:
-        rows: The entries; on a CPU best in blocks.
-        former: A copy whose memory is taken over; it must not be used any more.
+        rows: The entries; on a CPU preferably in blocks.
+        former: A copy whose memory is reused; it must not be used any more.
 
     Attributes:
         rows: The entries.
@@ -49,7 +49,7 @@ class Copied:
         self._parts = self._parted()
 
     def _atoms(self) -> Tensor:
-        """The atom of each row."""
+        """The atom of each row, int64."""
         own = [torch.empty(0, dtype=torch.int64, device=self.rows.device)]
         for place in self.rows.places:
             atoms = torch.arange(place.view.shape[0]) + place.first if place.atoms is None else place.atoms
@@ -80,7 +80,7 @@ class Copied:
         return parts
 
     def _take(self, places: Sequence[Place]) -> None:
-        """Allocate memory for copies of all of these, unless the former copy has enough."""
+        """Allocate memory for copies of all these places, unless that of the former copy is large enough."""
         size = sum(p.view.shape[1] * len(p.view if p.rows is None else p.rows) for p in places)
         if self._room.dtype != self._dtype or len(self._room) < size or not size:
             self._room = torch.empty(size, dtype=self._dtype)
@@ -121,7 +121,7 @@ class Copied:
         return self._total(0), self._total(1)
 
     def _of_rows(self, factors: Tensor, rates: Sequence[Rate]) -> Tensor:
-        """The number that each row is multiplied by."""
+        """The factor of each row: that of its atom times the rate of its place."""
         own = factors.index_select(0, self._index)
         first = rates[0] if rates else 0.0
         if are_alike(rates):
@@ -130,19 +130,19 @@ class Copied:
         return torch.cat([part * (sent(r, part.device) if isinstance(r, Tensor) else r) for part, r in parts])
 
     def _total(self, which: int) -> Tensor:
-        """The sums over the rows of each atom, in the order of the places."""
+        """The sums over the rows of each atom, in the order of the places, shape ``(N,)``."""
         if is_here(self._index) and not self.rows.shardings:
             total = torch.zeros(self.rows.atoms, dtype=self._dtype, device=self.rows.device)
             return total.index_add_(0, self._index, self._sums[which]) if self._parts else total
         summed = Total(self.rows.atoms, self.rows.device, self.rows.shardings)
         parts = self._sums[which].split(self._counts) if self._parts else ()
-        for place, part in zip(self.rows.places, parts, strict=True):  # one call for all would add in no fixed order
+        for place, part in zip(self.rows.places, parts, strict=True):  # a single call would not add in a fixed order
             summed.add_(place, part)
         return summed.over_processes()
 
 
 class _Part:
-    """The rows of one place, however they lie in memory."""
+    """The rows of one place, with any memory layout."""
 
     copy: Tensor = NOTHING
 
@@ -157,7 +157,7 @@ class _Part:
         self.subtract_read(factors)
 
     def subtract_read(self, factors: Tensor) -> Tensor:
-        """:meth:`subtract`, and the rows after it."""
+        """:meth:`subtract`, then return the rows."""
         start, end = self.span
         own = self.place.read()
         by = sent(factors[start:end], own.device).to(own.dtype).reshape(-1, *[1] * (own.dim() - 1))
@@ -188,7 +188,7 @@ class _Matrix(_Part):
             self.own = held
 
     def read(self) -> Tensor:
-        """The rows; if some are left out, a copy in memory that other parts use too."""
+        """The rows; if some rows of the view are left out, a copy in memory that other parts share."""
         return self.view if self.rows is None else torch.index_select(self.view, 0, self.rows, out=self.own)
 
     def remember(self) -> None:
@@ -201,7 +201,7 @@ class _Matrix(_Part):
     def subtract(self, factors: Tensor) -> None:
         if self.rows is None:
             self.subtract_read(factors)
-        else:  # two calls instead of three, as nobody asks for the rows
+        else:  # two calls instead of three, since the rows are not returned
             start, end = self.span
             shares = torch.mul(self.copy, factors[start:end, None], out=self.product)
             self.view.index_add_(0, self.rows, shares, alpha=-1)
@@ -224,7 +224,7 @@ class _Matrix(_Part):
 
 
 class _Thin(_Part):
-    """Places with one entry per row, of one dtype and device, as one vector. No entry is in two of them."""
+    """Places with one entry per row, of one dtype and device, as one vector. No entry is in two of the places."""
 
     def __init__(self, members: Sequence[tuple[Place, int, int]], sums: tuple[Tensor, ...]) -> None:
         self.places, self.sums = [place for place, *_ in members], sums
@@ -270,17 +270,17 @@ class _Thin(_Part):
 
 
 def are_alike(rates: Sequence[Rate]) -> bool:
-    """Whether all are the same number, or the same tensor; reads nothing back from a device."""
+    """Whether all rates are the same number, or the same tensor object; does not synchronize with a device."""
     first, *others = rates or [0.0]
     numbers = not any(isinstance(rate, Tensor) for rate in rates)
     return all(rate is first or (numbers and rate == first) for rate in others)
 
 
 def _turns(names: Sequence[str], views: Sequence[Tensor]) -> list[int]:
-    """For each view the turn in which it is written, so that no two views of one turn share an entry.
+    """For each view, the turn in which it is written, such that no two views of one turn share an entry.
 
-    Where a dimension is a product of two axes, an entry belongs to two atoms and is written twice, one view after the
-    other. No entry is looked at: views whose spans of memory overlap are taken to share one.
+    If a dimension is a product of two axes, an entry belongs to two atoms and is written twice, one view after the
+    other. Views whose spans of memory overlap are assumed to share an entry.
 
     >>> bias = torch.ones(6)
     >>> _turns(["b", "b", "b", "c"], [bias[:3], bias[3:], bias, torch.ones(6)])
@@ -298,5 +298,5 @@ def _turns(names: Sequence[str], views: Sequence[Tensor]) -> list[int]:
 
 
 def _is_matrix(view: Tensor) -> bool:
-    """Whether it is a contiguous matrix of real numbers."""
+    """Whether a view is a contiguous matrix of real numbers."""
     return view.dim() == 2 and view.is_contiguous() and not view.is_complex()

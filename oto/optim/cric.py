@@ -1,40 +1,40 @@
 """HESSO-CRIC: the corrective redundancy identification cycle (arXiv 2409.09085).
 
-A score says how much a zero-invariant group (ZIG) matters at its present value. A group may score low there and still
-be indispensable, which shows only on the way to zero. CRIC walks that way before anything is removed. After
-``start_pruning_step`` steps:
+A score measures the importance of a zero-invariant group (ZIG) at its current value. A group may score low there and
+still be indispensable, which only becomes visible on the way to zero. Therefore CRIC scales groups to zero and restores
+them before anything is removed. After ``start_pruning_step`` steps:
 
-1. *Layer sensitivity.* For each share in ``PROBES`` the least important atoms of every node group are brought halfway
-   to zero for one step. The gradient at that point shows how much each node group contributes to the change of the
-   loss.
-2. *Cycles.* The ``violating`` set V holds the ZIGs that would be removed by what is known so far. It is walked to zero
-   over ``sampling_steps`` steps, at each of which every group is scored; then its entries are restored. V joins the
-   ``historical`` set H. The next V is what would be removed *now* and is not in H. The cycles end when that is empty,
-   or after ``max_cycles``.
+1. *Layer sensitivity.* For each share in ``PROBES``, the least important atoms of every node group are scaled by one
+   half for one step. The gradient at that point shows how much each node group contributes to the change of the loss.
+2. *Cycles.* The ``violating`` set V holds the ZIGs that would be removed by the scores so far. In a *walk*, it is
+   scaled to zero over ``sampling_steps`` steps, at each of which every group is scored; then its entries are restored.
+   V is added to the ``historical`` set H. The next V is what would be removed by the new scores and is not in H. The
+   cycles end when V has at most ``tolerance`` ZIGs, or after ``max_cycles``.
 3. *Hybrid training.* HESSO's periods, in which redundant groups are chosen and shrunk to exactly zero. The score of a
-   group that was walked is raised by how much its score on the walk exceeded the one it had before.
+   group that was walked is raised by the amount by which its score on the walk exceeded its score before.
 
 Termination: every cycle except the last adds a new ZIG to H, so there are at most as many cycles as ZIGs.
 
-A sample on a walk is the criterion of the entries *before* the walk with the gradient *on* it.
-For ``taylor_first_order`` at ``x(α) = α x`` that is ``|<x, g(α x)>|``, whose average over the walk estimates the
-change of the loss from ``x`` to zero, ``∫ <x, g(α x)> dα``, whatever the curvature. Samples are
-divided by their mean over all groups, since a network without V has larger gradients everywhere.
+A sample on a walk is the criterion of the entries *before* the walk with the gradient *during* it. For
+``taylor_first_order`` at ``x(α) = α x`` this is ``|<x, g(α x)>|``, whose average over the walk estimates the change of
+the loss from ``x`` to zero, ``∫ <x, g(α x)> dα``, whatever the curvature. Samples are divided by their mean over all
+groups, since a network without V has larger gradients everywhere.
 
 Where we differ from the released code, and why:
 
 * Released code is off by one: it sets V to zero at the first step of a cycle, so there is no walk.
-* The next V is formed once, at the end of a walk, from the averages; released code adds what is lowest at each step,
-  by a single batch.
+* The next V is formed once, at the end of a walk, from the averages; released code adds the lowest groups of a single
+  batch at each step.
 * The loss is not needed: sensitivity is a midpoint rule on gradients, so there is no closure, and one step measures all
   node groups. Released code takes two steps for each node group and share.
-* Redundant groups go in as many portions as in HESSO, each chosen by the walks and by scores of its own time. As
-  published, all are chosen at once; ``pruning_periods=1`` does that.
-* Probes and walks only measure. Nothing learns meanwhile, or all other parameters would adapt to a network without the
-  groups that are about to return. Released code trains on, and restores a full copy of the weights after each cycle.
-  Here only the entries of V are set aside: at most the share of weights that is to go. Probes need no copy, since
-  halving a number and doubling it is exact. The statistics of batch norms do see both.
-* All state survives a checkpoint, also in the middle of a cycle.
+* Redundant groups are removed in as many portions as in HESSO, each chosen by the walks and by scores of the current
+  period. As published, all are chosen at once; ``pruning_periods=1`` does that.
+* Probes and walks only measure, and nothing is trained during them. Otherwise all other parameters would adapt to a
+  network without groups that are about to be restored. Released code continues to train, and restores a full copy of
+  the weights after each cycle. Here only the entries of V are copied: at most the share of weights to be removed.
+  Probes need no copy, since halving a number and doubling it is exact. Batch-norm statistics are affected by both.
+* All state is in checkpoints, also in the middle of a cycle. Only with parameters sharded over processes, a checkpoint
+  can be saved between walks only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from oto.optim.wrapped import Params
 from oto.shards import any_sharded
 
 PROBES = (0.25, 0.5, 0.75)
-"""Shares of a node group whose loss is probed."""
+"""The shares of each node group's atoms that are probed."""
 
 SAMPLING_STEPS, MAX_CYCLES = 0.02, 10
 
@@ -76,20 +76,21 @@ _ON_A_WALK = (
 
 
 class HESSOCRIC(HESSO):
-    """HESSO that first walks groups to zero to score them; see the module docstring for the algorithm.
+    """HESSO that first scales groups to zero and back to score them; see the module docstring for the algorithm.
 
     Args:
         params: As in :class:`HESSO`, and so are all options that are not named here.
         node_groups: Node groups of the model.
         sampling_steps: Number of steps of each walk; a float in [0, 1] is a share of ``total_steps``.
-        max_cycles: Greatest number of walks.
+        max_cycles: Maximum number of walks.
         tolerance: The cycles end when at most this many new ZIGs would be removed.
-        sensitivity: The weight of a layer's sensitivity beside the importance of a ZIG; 0 skips the probes.
+        sensitivity: The weight of a layer's sensitivity, relative to the importance of a ZIG; 0 skips the probes.
         start_pruning_step, pruning_steps, pruning_periods, total_steps: As in :class:`HESSO`. Pruning takes place
             after the cycles, at ``start_pruning_step`` plus at most the steps of probes and walks.
 
     Raises:
-        TargetError: No criterion looks at gradients, so a walk would show nothing; or as in :class:`HESSO`.
+        TargetError: No criterion uses gradients, so a walk would have no effect; an option is invalid; or as in
+            :class:`HESSO`.
     """
 
     def __init__(
@@ -126,12 +127,12 @@ class HESSOCRIC(HESSO):
 
     @property
     def _probes(self) -> int:
-        """Number of steps that probe; the first of them only prepares."""
+        """Number of probing steps; the first one only scales, and the last one only reads."""
         return 1 + len(PROBES) if self.sensitivity and self.node_groups else 0
 
     @property
     def walk(self) -> dict[str, Any]:
-        """The state of the cycles; it is in the first parameter group."""
+        """The state of the cycles, stored in the first parameter group."""
         found: dict[str, Any] = self.param_groups[0]["oto_walk"]
         return found
 
@@ -142,7 +143,7 @@ class HESSOCRIC(HESSO):
         return cycle
 
     def plan(self) -> str:
-        """As in :class:`HESSO`, with the probes and walks that come before; print it."""
+        """As in :class:`HESSO`, with the probes and walks before pruning."""
         if not self.choice.target.wants_less or self.walk["over"]:
             return super().plan()
         first, walks = self.first_step, self.first_step + self._probes
@@ -155,7 +156,7 @@ class HESSOCRIC(HESSO):
         return "\n".join([target, *self.schedule.lines(before), LATEST, rate])
 
     def sparse_step(self, t: int) -> None:
-        """Ordinary, a probe, a step of a walk, or a step of HESSO."""
+        """Take an ordinary step, a probe, a step of a walk, or a step of HESSO."""
         if not self.choice.target.wants_less or self.walk["over"]:
             super().sparse_step(t)
             return
@@ -188,7 +189,11 @@ class HESSOCRIC(HESSO):
         self.schedule = self.schedule_in(self.param_groups[0])
 
     def schedule_in(self, first: Mapping[str, Any]) -> Schedule:
-        """It begins when the walks end; as long as that is not known, when they end at the latest."""
+        """The schedule of a run, which starts when the walks end; until then, at the latest possible end of the walks.
+
+        Raises:
+            TargetError: Pruning could outlast training.
+        """
         latest = self.first_step + self._probes + self.max_cycles * self.sampling_steps
         total = self.schedule.total_steps
         if total is not None and not first["oto_walk"]["over"] and latest + self.schedule.steps > total:
@@ -202,7 +207,7 @@ class HESSOCRIC(HESSO):
         return replace(self.schedule, start=first["oto_walk"]["over_at"] if first["oto_walk"]["over"] else latest)
 
     def describe_setup(self) -> dict[str, Any]:
-        """As in :class:`HESSO`, with the cycles; when pruning begins is not known beforehand."""
+        """As in :class:`HESSO`, with the options of the cycles, and the first probing step as start."""
         return super().describe_setup() | {
             "start_pruning_step": self.first_step,
             "sampling_steps": self.sampling_steps,
@@ -215,7 +220,7 @@ class HESSOCRIC(HESSO):
         """As in :class:`HESSO`.
 
         Raises:
-            OTOError: Parameters are spread over processes, and a walk is under way.
+            OTOError: Parameters are sharded over processes, and a walk is under way.
         """
         if self.walk["saved"] and any_sharded(self.parameters().values()):
             at = (self.clock - self.first_step - self._probes) % self.sampling_steps
@@ -228,16 +233,16 @@ class HESSOCRIC(HESSO):
         self._now(**{name: self.walk[name][..., left] for name in per_atom})
 
     def _now(self, **known: Any) -> None:
-        """Replace entries of the state. Tensors are never modified in place, so that saved states do not change."""
+        """Replace entries of the walks' state. Tensors are never modified in place, so saved states do not change."""
         self.param_groups[0]["oto_walk"] = self.walk | known
 
     # Probes ----------------------------------------------------------------------------------------------------------
 
     def _probe(self, at: int) -> None:
-        """Read the probe that was set at the step before, and set the next one."""
+        """Evaluate the probe of the previous step, and scale the atoms of the next one."""
         if at > 0:
             self._read_probe()
-            self.scale_redundant_(2.0)  # gives exactly the former values, so no copy is needed
+            self.scale_redundant_(2.0)  # restores the former values exactly, so no copy is needed
             self._redundant(None)
         if at < len(PROBES):
             self._redundant(self._lowest(self.scores(), PROBES[at]))
@@ -255,7 +260,7 @@ class HESSOCRIC(HESSO):
         )
 
     def _read_probe(self) -> None:
-        """Add the sensitivity of each group, per atom: ``|Σ <x, g>| / atoms`` halfway to zero."""
+        """Add the sensitivity of each group, per atom: ``|Σ <x, g>| / atoms`` at half of ``x``."""
         probed = (self.atoms == REDUNDANT).split_with_sizes(self.choice.sizes)
         sensitivity = self.walk["sensitivity"]
         changes = [
@@ -267,7 +272,11 @@ class HESSOCRIC(HESSO):
     # Walks -----------------------------------------------------------------------------------------------------------
 
     def _walk(self, t: int, n: int) -> None:
-        """Step ``t`` of a walk: sample, descend, go further towards zero; at the end restore everything."""
+        """Step ``t`` of a walk: score all groups, and scale V further towards zero; restore it at the end.
+
+        Args:
+            n: The step of training.
+        """
         if t == 0:
             first = self.cycle == 0
             self._put_aside(
@@ -282,12 +291,12 @@ class HESSOCRIC(HESSO):
             self._end_walk(n)
 
     def _sample(self, first: bool) -> None:
-        """Score every group relative to the mean of all, since a walk raises all other scores alike."""
+        """Score every group relative to the mean of all groups, since a walk raises all other scores alike."""
         entries = list(self._entries_before())
         seen = torch.stack([raw_scores(entries, criterion, self.atoms.device) for criterion in self.choice.averaged])
         walk, violating = self.walk, self.atoms == REDUNDANT
         seen = _relative(seen, self.atoms != PRUNED)
-        whole = ~violating | first  # at the first step of a walk nothing has been scaled yet
+        whole = ~violating | first  # before the first step of a walk, nothing is scaled
         self._now(
             still=walk["still"] + torch.where(whole, seen, 0),
             still_seen=walk["still_seen"] + whole,
@@ -295,7 +304,7 @@ class HESSOCRIC(HESSO):
         )
 
     def _end_walk(self, n: int) -> None:
-        """The next violating set is what would be removed now and was never walked."""
+        """End a walk. The next violating set is what would be removed now and was never walked."""
         self._now(historical=self.walk["historical"] | (self.atoms == REDUNDANT))
         self._put_back()
         lowest = self.choice.select(self._known(), self.atoms != PRUNED).to(self.atoms.device)
@@ -306,11 +315,11 @@ class HESSOCRIC(HESSO):
             self.schedule = replace(self.schedule, start=n + 1)
 
     def scores(self) -> Tensor:
-        """Importance of every atom; after the walks, corrected by what they showed."""
+        """Importance of every atom, shape ``(N,)``; after the walks, corrected by their samples."""
         return self._known() if self.walk["over"] else super().scores()
 
     def _known(self) -> Tensor:
-        """Importance by present scores, and for groups that were walked, what their walk showed beyond those."""
+        """Importance by current scores; for groups that were walked, plus the excess of their scores on the walk."""
         walk, alive, first, choice = self.walk, self.atoms != PRUNED, self.param_groups[0], self.choice
         still = walk["still"] / walk["still_seen"].clamp(min=1)
         now = first["oto_sums"] if walk["over"] and first["oto_seen"] else still
@@ -328,10 +337,10 @@ class HESSOCRIC(HESSO):
         sensitivity = walk["sensitivity"].repeat_interleave(sizes, output_size=len(alive))
         return importance([known, sensitivity], [1.0, self.sensitivity], alive, [len(alive)], "mean")
 
-    # What is on its way to zero and comes back -----------------------------------------------------------------------
+    # Atoms that are scaled to zero and restored ----------------------------------------------------------------------
 
     def _put_aside(self, chosen: Tensor) -> None:
-        """Copy the entries of some atoms, which may then be scaled."""
+        """Copy the entries of some atoms, and mark these so that they can be scaled."""
         self._redundant(chosen)
         self._now(saved=self._redundant_rows().copies())
 
@@ -341,7 +350,7 @@ class HESSOCRIC(HESSO):
         self._now(saved=[])
 
     def _redundant(self, chosen: Tensor | None) -> None:
-        """Let these atoms be scaled, and no others."""
+        """Mark these atoms as redundant, and no others, so that only they are scaled."""
         none = torch.full_like(self.atoms, FREE)
         self.atoms = none if chosen is None else torch.where(chosen.to(none.device), REDUNDANT, none)
 
@@ -350,7 +359,7 @@ class HESSOCRIC(HESSO):
         return Rows.of(self.node_groups, [rows_of(own, REDUNDANT) for own in self._codes()], self.parameters())
 
     def _entries_before(self) -> Iterator[Entries]:
-        """The entries as they were set aside, with the gradients at their present values."""
+        """The entries before the walk, with the gradients at their current values."""
         parameters = self.parameters()
         if any_sharded(parameters.values()):
             chosen = [rows_of(own, REDUNDANT) for own in self._codes()]
@@ -373,7 +382,7 @@ def _relative(scores: Tensor, alive: Tensor) -> Tensor:
 
 
 def _shorter(optimizer: HESSOCRIC, over: int) -> str:
-    """What to ask for, so that pruning ends ``over`` steps earlier."""
+    """Options with which pruning ends ``over`` steps earlier, for a message."""
     cycles = optimizer.max_cycles - -(-over // optimizer.sampling_steps)
     ways = [f"max_cycles={cycles} or fewer"] if cycles >= 1 else []
     ways += [f"start_pruning_step={optimizer.first_step - over} or less"] if over <= optimizer.first_step else []

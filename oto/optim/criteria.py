@@ -1,4 +1,4 @@
-"""How importance is measured, and the defaults that go with each way.
+"""Combine saliency criteria into the importance of atoms, and choose default options for each kind of criteria.
 
 read_criteria({"saliency": "magnitude"})   # normalized by group means, costs do not count
 """
@@ -37,9 +37,9 @@ empirical Fisher matrix in place of the Hessian (as in Optimal Brain Damage). It
 be compared between layers, and divided by a cost."""
 
 WITHIN = "path_norm"
-"""How the importance of a node group is distributed among its atoms. A dozen batches measure the sum over a group well,
-but not a single atom, about which the weights say more. That was measured on convolutional networks; in a sentence
-encoder it is the other way round (`docs/benchmarks/rivals.md`)."""
+"""The criterion by which the importance of a node group is distributed among its atoms. A dozen batches estimate the
+sum over a group well, but not the score of a single atom, for which the weights are a better estimate. This was
+measured on convolutional networks; in a sentence encoder the opposite holds (`docs/benchmarks/rivals.md`)."""
 
 FROM_MAGNITUDE: dict[str, Any] = {"saliency": "magnitude"}
 """The options of a choice without gradients."""
@@ -58,22 +58,23 @@ DEFAULTS = {
     "of any unit": Defaults("mean", by_cost=0.0, average_steps=32),
     "as published": Defaults("all", by_cost=0.0, average_steps=1),
 }
-"""Defaults by kind of criteria: all in the unit of the loss; any others, for which costs do not count, since a
-magnitude per MAC empties parallel layers; and ``saliency="hesso"`` or ``"dhspg"``."""
+"""Defaults by kind of criteria: all in the unit of the loss; any others, for which costs do not count, since dividing a
+magnitude by MACs would empty parallel layers; and ``saliency="hesso"`` or ``"dhspg"``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Criteria:
-    """How the importance of atoms is measured, and how much costs count beside it.
+    """How the importance of atoms is measured, and how much it is weighed against costs.
 
     Attributes:
         criteria: Saliency criteria, each with its weight.
         normalize: What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALIZE`.
         within: The criterion of weights by which the importance of a node group is distributed among its atoms;
-            ``None`` if each atom has its own.
-        everywhere: Whether that applies to all node groups, or only to those that a convolution reads.
-        by_cost: How much costs count beside scores, see :mod:`oto.optim.select`; with 0 not at all.
-        average_steps: Over how many steps before a choice criteria that use gradients are averaged.
+            ``None`` if each atom keeps its own score.
+        everywhere: Whether ``within`` applies to all node groups, or only to those that a convolution over images
+            reads.
+        by_cost: How much costs count, see :mod:`oto.optim.select`; 0 for not at all.
+        average_steps: Number of steps before a choice over which criteria that use gradients are averaged.
     """
 
     criteria: tuple[tuple[Saliency, float], ...]
@@ -94,7 +95,7 @@ class Criteria:
         Args:
             entries: The entries of every node group.
             alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
-            averages: Criteria that are known already, shape ``(N,)`` each.
+            averages: Criteria that are computed already, shape ``(N,)`` each.
         """
         sizes = [own.size for own in entries]
         raw = [averages[c] if c in averages else raw_scores(entries, c, alive.device) for c, _ in self.criteria]
@@ -107,10 +108,10 @@ class Criteria:
 
 
 def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
-    """The fields of :class:`Criteria`.
+    """The fields of :class:`Criteria`, from the options of an optimizer.
 
     Raises:
-        TargetError: An option means nothing.
+        TargetError: An option is invalid.
     """
     saliency, within, by_cost = options.get("saliency"), options.get("within"), options.get("by_cost")
     criteria, steps = tuple(resolve(DEFAULT if saliency is None else saliency)), options.get("average_steps")
@@ -130,7 +131,7 @@ def read_criteria(options: ChoiceOptions) -> dict[str, Any]:
 
 
 def published(options: ChoiceOptions) -> bool:
-    """Whether everything is to be as published."""
+    """Whether ``saliency`` names a paper, so that everything is done as published."""
     saliency = options.get("saliency")
     return isinstance(saliency, str) and saliency in AS_PUBLISHED
 

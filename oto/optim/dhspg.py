@@ -1,15 +1,15 @@
 """DHSPG: dual half-space projected gradient (OTOv2, ICLR 2023, arXiv 2303.06862, section 4, algorithm 2).
 
-At ``partition_step`` the zero-invariant groups (ZIGs) that are to go are separated, once, from those that stay. Only
-the former are penalized, each with a λ of its own, and projected when they leave their half-spaces::
+At ``partition_step``, the zero-invariant groups (ZIGs) to remove are separated, once, from those that stay. Only the
+former are penalized, each with its own λ, and projected when they leave their half-spaces::
 
-    at partition_step:   G_p <- the groups to go, G_np <- the others
+    at partition_step:   G_p <- the groups to remove, G_np <- the others
     every step:          x̂ = x - α G                           for all groups; G is the wrapped optimizer's direction
     for g in G_p, from partition_step until the target is met:
         λ_g = λ
         if <x_g, G_g> < 0 and t >= warm_up_steps:              the step makes ||x_g|| grow
-            lo = -<x_g, G_g> / ||x_g||                         the least λ for which it shrinks, to first order
-            hi = -||G_g||² ||x_g|| / <x_g, G_g>                the greatest for which f still descends, to first order
+            lo = -<x_g, G_g> / ||x_g||                         the lowest λ for which it shrinks, to first order
+            hi = -||G_g||² ||x_g|| / <x_g, G_g>                the highest for which f still decreases, to first order
             λ_g = min(max(amplify · lo, λ), coeff · λ),        but (lo + hi) / 2 if that reaches hi
         x̂_g -= α λ_g x_g / ||x_g||
         x̂_g <- 0   if t >= half_space_step and <x̂_g, x_g> < ε ||x_g||²
@@ -19,14 +19,14 @@ the former are penalized, each with a λ of its own, and projected when they lea
 
 Where we differ from the released code, and why:
 
-* G_p is what :mod:`oto.optim.choice` chooses for the target, in any unit, from averages over many batches. The
-  published score uses one batch: the cosine between ``x`` and the gradient, and the inverse of the mean magnitude.
-  ``dhspg(saliency="dhspg", target_group_sparsity=...)`` chooses by it. Then G_p exceeds the target by
-  ``tolerance_group_sparsity``, and the groups that leave first go; otherwise the choice says exactly what goes, and
-  there is nothing to tolerate.
-* The target is met exactly; :mod:`oto.optim.half_space` says how. Released code stops once the target is passed.
-* G is what the wrapped optimizer did: ``(x - x̂) / α``. With AdamW that includes its weight decay, which released code
-  leaves out of the angle. ``saliency="dhspg"`` takes the angle of the plain gradient.
+* G_p is chosen by :mod:`oto.optim.choice` for the target, in any unit, from averages over many batches. The published
+  score uses one batch: the cosine between ``x`` and the gradient, and the inverse of the mean magnitude.
+  ``dhspg(saliency="dhspg", target_group_sparsity=...)`` chooses by it. In that case G_p exceeds the target by
+  ``tolerance_group_sparsity``, and the groups that leave their half-spaces first are removed. Otherwise G_p is exactly
+  what the target requires, and there is no tolerance.
+* The target is met exactly, see :mod:`oto.optim.half_space`. Released code stops once the target is passed.
+* G is the wrapped optimizer's update: ``(x - x̂) / α``. With AdamW this includes its weight decay, which released code
+  leaves out of the angle. ``saliency="dhspg"`` uses the angle of the plain gradient.
 * If the slices of a group have different learning rates, α is their mean, weighted by ``||x||²``.
 """
 
@@ -52,11 +52,11 @@ from oto.optim.target import Measure
 from oto.optim.wrapped import Params
 
 TOLERANCE = 0.05
-"""By how much G_p exceeds the target, as a share of all groups, if it is chosen as published."""
+"""The default share of all groups by which G_p exceeds the target, if it is chosen as published."""
 
 
 class DHSPG(HalfSpace):
-    """Penalize the groups that are to go, and project those that leave their half-spaces; the module has the algorithm.
+    """Penalize the groups to remove, and project those that leave their half-spaces; see the module docstring.
 
     With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
 
@@ -64,20 +64,20 @@ class DHSPG(HalfSpace):
         params: As in :class:`HESSO`, like all options that are not named here. ``saliency="dhspg"`` chooses as
             published.
         node_groups: Node groups of the model.
-        lmbda: The least λ; by default 1e-3, and 1e-2 over Adam and AdamW.
-        lmbda_amplify: How many times λ exceeds what is needed for a group to shrink; by default 2, and 20 over Adam and
-            AdamW.
-        hat_lmbda_coeff: The greatest λ, in multiples of ``lmbda``; by default 10, and 1000 over Adam and AdamW.
+        lmbda: The lowest λ; by default 1e-3, and 1e-2 over Adam and AdamW.
+        lmbda_amplify: Factor by which λ exceeds the lowest value for which a group shrinks; by default 2, and 20 over
+            Adam and AdamW.
+        hat_lmbda_coeff: The highest λ, in multiples of ``lmbda``; by default 10, and 1000 over Adam and AdamW.
         epsilon: ε of the half-spaces, in [0, 1); 0.95 by default. A number, or one for each kind of group.
-        partition_step: When the groups are separated; the original's name for ``start_pruning_step``.
-        half_space_step: When projection begins; by default with the partition.
-        warm_up_steps: Until this step every λ is the least one; by default until the partition.
+        partition_step: The step at which the groups are separated; the original's name for ``start_pruning_step``.
+        half_space_step: The first step that projects; by default that of the partition.
+        warm_up_steps: Before this step, every λ is the lowest one; 0 by default.
         tolerance_group_sparsity: Only with ``saliency="dhspg"``: the share of all groups by which G_p exceeds the
             target; by default 0.05.
-        start_pruning_step: When the groups are separated, and the penalty begins.
-        pruning_steps: Number of steps over which groups go.
-        pruning_periods: Number of periods, by default 10: what has gone is read back when one begins, and the last one
-            belongs to the choice.
+        start_pruning_step: The step at which the groups are separated and the penalty begins.
+        pruning_steps: Number of steps over which groups are removed.
+        pruning_periods: Number of periods, by default 10. At the beginning of each, the removed groups are read back
+            from the device; in the last one, the choice removes what is still missing for the target.
         total_steps: As in :class:`HESSO`. Any number of steps may be a float in [0, 1], a share of these.
 
     Raises:
@@ -134,18 +134,18 @@ class DHSPG(HalfSpace):
 
     @property
     def least_lmbda(self) -> float:
-        """The least λ."""
+        """The lowest λ."""
         return self.penalty[0]
 
     @property
     def penalty(self) -> tuple[float, float, float]:
-        """λ, its amplification, and its greatest multiple."""
+        """The values of ``lmbda``, ``lmbda_amplify`` and ``hat_lmbda_coeff``, with their defaults."""
         defaults = (self.default_lmbda, *((20.0, 1e3) if self.is_over_adam else (2.0, 10.0)))
         lmbda, amplify, coeff = (d if own is None else own for own, d in zip(self.asked_penalty, defaults, strict=True))
         return lmbda, amplify, coeff
 
     def sparse_step(self, t: int) -> None:
-        """Partition once; descend, penalize the groups to go, and project those that left their half-spaces."""
+        """Partition once; descend, penalize the groups to remove, and project those that left their half-spaces."""
         self.observe(self.schedule.start - t if t <= self.schedule.start else None)
         if self.schedule.starts_period(t):
             if t == self.schedule.start:
@@ -167,13 +167,14 @@ class DHSPG(HalfSpace):
         self.end_step(t)
 
     def lmbdas(self, along: Tensor, moved_sq: Tensor, norm: Tensor, rate: Tensor, t: int) -> Tensor:
-        """λ of every group, shape ``(N,)``, in the interval in which the group shrinks and the loss descends.
+        """λ of every group, shape ``(N,)``, in the interval in which the group shrinks and the loss decreases.
 
         Args:
             along: ``-α <x_g, G_g>``; if it is positive, the wrapped optimizer's step makes the group grow.
             moved_sq: ``α² ||G_g||²``.
             norm: ``||x_g||``.
             rate: α of every group.
+            t: The step; before ``warm_up_steps``, every λ is the lowest one.
         """
         lmbda, amplify, coeff = self.penalty
         if t < self.warm_up_steps:
@@ -186,7 +187,7 @@ class DHSPG(HalfSpace):
         return torch.where((along > 0) & (rate > 0), own, lmbda)
 
     def partition(self) -> None:
-        """Make G_p redundant: what the choice gives up, and as published a tolerance more."""
+        """Mark G_p as redundant: the groups that the choice removes, and as published, a tolerance more."""
         if not self.choice.target.wants_less:
             return
         if not self.tolerance:
@@ -197,7 +198,7 @@ class DHSPG(HalfSpace):
 
     @property
     def wider(self) -> Choice:
-        """The choice with a goal that is lower by the tolerance."""
+        """The choice with a goal that is lowered by the tolerance."""
         target = self.choice.target
         goal = max(target.goal - self.tolerance * target.full, 0.001 * target.full)
         if target.name == "target_group_sparsity" and not isinstance(target.asked, Mapping):
@@ -206,8 +207,10 @@ class DHSPG(HalfSpace):
         return replace(self.choice, target=replace(target, goal=goal))
 
     def choose_rest(self) -> None:
-        """Leave redundant what of G_p is not at zero yet; as published, only as much as the target still lacks, the
-        least important first."""
+        """Keep the part of G_p redundant that is not at zero yet.
+
+        As published, keep only as much redundant as is still missing for the target, the least important groups first.
+        """
         if not self.tolerance:
             return
         alive, ones = self.atoms != PRUNED, torch.ones(self.num_atoms)
@@ -219,7 +222,7 @@ class DHSPG(HalfSpace):
         self.mark_redundant(chosen)
 
     def budget(self) -> Budget | None:
-        """As in HSPG if G_p exceeds the target; otherwise ``None``, as all of it goes."""
+        """As in :class:`HalfSpace` if G_p exceeds the target; otherwise ``None``, since all of G_p is removed."""
         return super().budget() if self.tolerance else None
 
     def _may_go(self) -> Tensor:

@@ -1,18 +1,18 @@
-"""Read and write tensors group by group: the rest of ``optim`` goes through here.
+"""Read and write the entries of tensors by node group; the rest of ``optim`` accesses parameters through this module.
 
-Optimizers and the choice see vectors of one number per atom::
+Optimizers and the choice work with vectors of one number per atom::
 
     rows = Rows.of(groups, [None] * len(groups), parameters)      # all atoms of all groups
     rows.sq_norm()                                                # ||x_g||², shape (N,)
     rows.zero_(pruned)                                            # bool, shape (N,)
 
-Each takes a few calls per slice, never one per atom. Nothing is read back from a device unless the docstring says so
-("Synchronizes"). Sums are accumulated in float32 at least. (:mod:`oto.optim.saliency` looks at slices, too, together
+Each operation takes a few calls per slice, not one per atom. Nothing is read back from a device unless the docstring
+says "Synchronizes". Sums are accumulated at least in float32. (:mod:`oto.optim.saliency` also reads slices, together
 with their gradients.)
 
-If a tensor is spread over processes (``DTensor``), each process reads and writes the rows that it has
-(:func:`oto.optim.sharded.parts`), and a sum over the entries of an atom ends with one sum of ``N`` numbers over the
-processes. So every process takes part in the same sums in the same order, whether it has entries of a slice or not.
+If a tensor is sharded over processes (``DTensor``), each process reads and writes its own rows
+(:func:`oto.optim.sharded.parts`), and a sum over the entries of an atom ends with an all-reduce of ``N`` numbers. So
+all processes take part in the same sums in the same order, whether they have entries of a slice or not.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from oto.optim.sharded import parts
 from oto.shards import Sharding, local
 
 BLOCK = 1 << 17
-"""How many entries are multiplied at a time on a CPU. A product of half a megabyte stays in the cache, and in memory
-that is kept for it. Otherwise the allocator may ask the system for the memory of each product and give it back (it does
-until a program has freed larger pieces), and the page faults cost three times as much as the product itself."""
+"""Number of entries that are multiplied at a time on a CPU. A product of half a megabyte stays in the cache, and has
+memory reserved for it. Otherwise the allocator may request the memory of each product from the system and return it (it
+does so until a program has freed larger blocks), and the page faults cost three times as much as the product itself."""
 
 Rate = float | Tensor
-"""What the entries of one parameter are multiplied by: a number, or a tensor that holds a single one."""
+"""The factor for the entries of one parameter: a number, or a tensor with a single element."""
 
 
 class Place(NamedTuple):
@@ -45,11 +45,11 @@ class Place(NamedTuple):
 
     Attributes:
         view: Shape ``(size, *rest)``; row ``a`` is atom ``a`` of the node group.
-        rows: Which rows of the view, sorted int64 indices; ``None``: all.
-        first: How many atoms the node groups before it have.
-        atoms: The atom that each row of the view is a part of, counted over all node groups, int64; ``None``: row ``a``
-            is all of atom ``first + a``.
-        sharding: Which processes have other entries of these atoms; ``None``: none.
+        rows: The rows of the view, sorted int64 indices; ``None`` for all.
+        first: Total number of atoms in the node groups before this one.
+        atoms: The atom that each row of the view is a part of, counted over all node groups, int64; ``None`` if row
+            ``a`` is all of atom ``first + a``.
+        sharding: How the tensor is sharded, if other processes have entries of these atoms; ``None`` if not.
     """
 
     view: Tensor
@@ -59,7 +59,7 @@ class Place(NamedTuple):
     sharding: Sharding | None = None
 
     def read(self) -> Tensor:
-        """The rows; a view if they are all rows, else a copy."""
+        """The rows: a view if all rows of the view are meant, else a copy."""
         return self.view if self.rows is None else self.view.index_select(0, self.rows)
 
     def write_(self, rows: Tensor) -> None:
@@ -70,7 +70,7 @@ class Place(NamedTuple):
             self.view.index_copy_(0, self.rows, rows.to(self.view.dtype))
 
     def copy(self, into: Tensor | None = None) -> Tensor:
-        """The rows in memory of their own, which may be that of an earlier copy."""
+        """A copy of the rows, in the memory of an earlier copy if one is given."""
         if into is None:
             return self.view.clone() if self.rows is None else self.read()
         if self.rows is None:
@@ -78,19 +78,22 @@ class Place(NamedTuple):
         return torch.index_select(self.view, 0, self.rows, out=into)
 
     def of(self, vector: Tensor) -> Tensor:
-        """For one number per atom, those of these rows, on the view's device and in a shape that broadcasts over it."""
+        """The numbers of these rows, from a vector of one number per atom.
+
+        They are on the view's device, in a shape that broadcasts over its rows.
+        """
         own = self.beside(vector)
         own = own if self.rows is None else own.index_select(0, self.rows)
         return own.reshape(-1, *[1] * (self.view.dim() - 1))
 
     def beside(self, vector: Tensor) -> Tensor:
-        """For one number per atom, that of every row of the view, on the view's device."""
+        """The number of every row of the view, from a vector of one number per atom, on the view's device."""
         if self.atoms is not None:
             return sent(vector, self.view.device).index_select(0, self.atoms)
         return sent(vector.narrow(0, self.first, self.view.shape[0]), self.view.device)
 
     def add_(self, total: Tensor, part: Tensor) -> None:
-        """Add one number per row, ``part``, to one number per atom, ``total``."""
+        """Add ``part``, one number per row, to ``total``, one number per atom."""
         if self.atoms is not None:
             own = self.atoms if self.rows is None else self.atoms.index_select(0, self.rows)
             total.index_add_(0, sent(own, total.device), part.to(total.dtype))
@@ -101,7 +104,7 @@ class Place(NamedTuple):
             own.index_add_(0, sent(self.rows, total.device), part.to(total.dtype))
 
     def blocks(self) -> Iterator[Place]:
-        """The same rows in pieces that fit into a CPU's cache; in one piece on other devices."""
+        """The same rows in blocks that fit into a CPU's cache; in one block on other devices."""
         view = _flat(self.view)
         view = self.view if view is None or self.view.is_complex() else view
         count = len(view if self.rows is None else self.rows)
@@ -115,7 +118,7 @@ class Place(NamedTuple):
                 yield self._replace(view=view[at : at + size], first=self.first + at)
 
     def first_entries(self) -> Place:
-        """One entry of each of these atoms."""
+        """The place that holds only the first entry of each row."""
         view = self.view
         while view.dim() > 1:
             view = view.select(1, 0)
@@ -127,13 +130,13 @@ class Rows:
     """The entries of some atoms of every node group, in some tensors.
 
     Attributes:
-        places: Where they lie, slice after slice.
+        places: Their places, slice after slice.
         names: The name of each place's tensor.
-        atoms: How many atoms all node groups have together, N.
+        atoms: Total number of atoms of all node groups, N.
         device: The device of vectors of one number per atom.
-        shardings: How the tensors are spread over processes, with the dtype of sums over them; the same on every
-            process and in the same order, even if a process has no entry.
-        tensors: The names of all tensors that have entries of the atoms; the same on every process.
+        shardings: How the tensors are sharded, with the dtype of sums over them; equal on every process and in the same
+            order, even if a process has no entries.
+        tensors: The names of all tensors that have entries of the atoms; equal on every process.
     """
 
     places: Sequence[Place]
@@ -154,14 +157,14 @@ class Rows:
         in_blocks: bool = False,
         device: torch.device | str = "cpu",
     ) -> Rows:
-        """Look them up.
+        """The entries of some atoms in some tensors.
 
         Args:
             groups: Node groups.
-            chosen: The atoms of each node group, sorted int64 indices on any device; ``None``: all.
-            tensors: The tensors by the names of parameters; slices of others are left out.
-            slices: Which slices to look at; by default those that are zeroed.
-            in_blocks: Split places so that each fits into a cache, where one call finds what another left.
+            chosen: The atoms of each node group, sorted int64 indices on any device; ``None`` for all.
+            tensors: The tensors by the names of parameters; slices of other parameters are left out.
+            slices: The slices to use; by default the ``zeros`` of each node group.
+            in_blocks: Split places so that each fits into the cache and stays there between calls.
             device: The device of vectors of one number per atom.
         """
         places, names, first = list[Place](), list[str](), 0
@@ -186,15 +189,19 @@ class Rows:
         return bool(self.places) or bool(self.shardings)
 
     def sq_norm(self, rates: Sequence[Rate] | None = None) -> Tensor:
-        """``||x_g||^2`` of every atom, shape ``(N,)``; with ``rates`` each slice's part is multiplied by its rate."""
+        """``||x_g||^2`` of every atom, shape ``(N,)``.
+
+        Args:
+            rates: A factor for the part of each place.
+        """
         return self._summed((sq_norm(place.read()) for place in self.places), rates)
 
     def scale_(self, factor: float) -> None:
-        """Multiply them by a number."""
+        """Multiply the entries by a number."""
         scale_(self.places, factor)
 
     def zero_(self, which: Tensor | None = None) -> None:
-        """Write zeros, over NaN and infinity too.
+        """Set the entries to zero, NaN and infinity included.
 
         Args:
             which: The atoms to zero, bool, shape ``(N,)``; by default all.
@@ -205,7 +212,11 @@ class Rows:
             self.mask_(which)
 
     def among(self, which: Tensor) -> list[Place]:
-        """The rows of some atoms, bool, shape ``(N,)``. Synchronizes."""
+        """The places of some atoms, without places that have none of them. Synchronizes.
+
+        Args:
+            which: The atoms, bool, shape ``(N,)``.
+        """
         found = list[Place]()
         mask, any_of = which.cpu(), dict[tuple[int, int], bool]()
         for place in self.places:
@@ -225,7 +236,7 @@ class Rows:
         return found
 
     def mask_(self, which: Tensor) -> None:
-        """:meth:`zero_` of some atoms, without reading back which ones."""
+        """:meth:`zero_` for some atoms, without reading back which ones."""
         for place in self.places:
             own = place.read().masked_fill_(place.of(which), 0)
             if place.rows is not None:
@@ -236,7 +247,7 @@ class Rows:
         return [place.copy(None if into is None else into[i]) for i, place in enumerate(self.places)]
 
     def copy_(self, others: Iterable[Tensor]) -> None:
-        """Put back what :meth:`copies` gave."""
+        """Overwrite the rows with the result of :meth:`copies`."""
         for place, other in zip(self.places, others, strict=True):
             place.write_(other)
 
@@ -249,7 +260,7 @@ class Rows:
 
 
 class Total:
-    """One number per atom, added up place after place, then over the processes that have entries of the same atoms.
+    """One number per atom, summed place after place, then over the processes that have entries of the same atoms.
 
     Args:
         atoms, device, shardings: As in :class:`Rows`.
@@ -260,7 +271,7 @@ class Total:
         self.here: Tensor | None = None
         self.there = {
             sharding: torch.zeros(atoms, dtype=dtype, device=device) for sharding, dtype in shardings.items()
-        }  # of dtypes that follow from the tensors alone, so that processes without entries have the same
+        }  # these dtypes depend on the tensors alone, so that processes without entries use the same
 
     def add_(self, place: Place, part: Tensor) -> None:
         """Add one number for each row of a place."""
@@ -273,7 +284,7 @@ class Total:
         place.add_(self.here, part)
 
     def over_processes(self) -> Tensor:
-        """The sums, shape ``(N,)``. Communicates if a tensor is spread over processes."""
+        """The sums, shape ``(N,)``. Communicates if a tensor is sharded over processes."""
         parts = [] if self.here is None else [self.here]
         parts += [sharding.summed(own) for sharding, own in self.there.items()]
         if not parts:
@@ -285,12 +296,12 @@ class Total:
 
 
 def place_of(piece: Slice, tensor: Tensor, rows: Tensor | None, size: int, first: int) -> Place | None:
-    """Where some atoms of a node group lie in a tensor; ``None`` if this process has no entry of them.
+    """The place of some atoms of a node group in a tensor; ``None`` if this process has no entry of them.
 
     Args:
-        rows: The atoms, sorted int64 indices on any device; ``None``: all.
-        size: How many atoms the node group has.
-        first: How many atoms the node groups before it have.
+        rows: The atoms, sorted int64 indices on any device; ``None`` for all.
+        size: Number of atoms of the node group.
+        first: Total number of atoms in the node groups before it.
     """
     sharding = Sharding.of(tensor)
     tensor = local(tensor)
@@ -312,17 +323,17 @@ def summed_in(tensor: Tensor) -> torch.dtype:
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on another device. Only a copy to the CPU is waited for, as its numbers may be read at once."""
+    """The tensor on another device. The copy is asynchronous, except to the CPU, where it may be read at once."""
     return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether its numbers can be read without waiting for a device."""
+    """Whether the tensor is on the CPU, so that reading it does not synchronize."""
     return tensor.device.type == "cpu"
 
 
 def scale_(places: Iterable[Place], factor: float) -> None:
-    """Multiply the rows."""
+    """Multiply the rows of some places by a number."""
     for place in places:
         if place.rows is None:
             place.view.mul_(factor)
@@ -331,7 +342,7 @@ def scale_(places: Iterable[Place], factor: float) -> None:
 
 
 def zero_(places: Iterable[Place]) -> None:
-    """Write zeros; unlike multiplying by 0, this also clears NaN and infinity."""
+    """Set the rows of some places to zero; unlike multiplying by 0, this also clears NaN and infinity."""
     for place in places:
         if place.rows is None:
             place.view.zero_()
@@ -346,8 +357,11 @@ def any_entry(places: Iterable[Place]) -> bool:
 
 
 def taken(tensor: Tensor, entries: Sequence[NDArray[np.int64] | None]) -> Tensor:
-    """The tensor with only some entries of each dimension, sorted int64 indices; ``None``: all. A copy if any is left
-    out."""
+    """The tensor with only some entries of each dimension; a copy unless all are kept.
+
+    Args:
+        entries: For each dimension, sorted int64 indices; ``None`` for all entries.
+    """
     for dim, own in enumerate(entries):
         if own is not None:
             tensor = tensor.index_select(dim, torch.from_numpy(own).to(tensor.device))
@@ -400,7 +414,7 @@ def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
-    """:func:`dot` for rows that do not lie in one piece: entries are read in the order of memory, across rows."""
+    """:func:`dot` for rows that are not contiguous: entries are read in the order of memory, across rows."""
     dtype = torch.promote_types(left.dtype, torch.float32)
     order = sorted(range(left.dim()), key=left.stride().__getitem__, reverse=True)
     left, right, own = left.permute(order), right.permute(order), order.index(0)
@@ -414,7 +428,7 @@ def _strided_dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
-    """The rows in pieces that fit into a CPU's cache; in one piece on other devices."""
+    """The rows in blocks that fit into a CPU's cache; in one block on other devices."""
     entries = rows.numel()
     if not is_here(rows) or entries <= BLOCK:
         yield rows
@@ -426,7 +440,7 @@ def _flat(rows: Tensor, like: Tensor | None = None) -> Tensor | None:
     """The rows as a matrix, with entries in the order of memory; ``None`` if the strides do not allow it.
 
     Args:
-        like: A tensor whose order of entries is taken instead.
+        like: A tensor whose order of entries is used instead.
     """
     if rows.dim() <= 2:
         own = rows if like is None else like
@@ -445,5 +459,5 @@ def _flat(rows: Tensor, like: Tensor | None = None) -> Tensor | None:
 
 
 def _real(rows: Tensor) -> Tensor:
-    """Complex entries as their two parts, which are trained and become zero together."""
+    """Complex entries as pairs of real ones, which are trained and become zero together; others unchanged."""
     return torch.view_as_real(rows) if rows.is_complex() else rows

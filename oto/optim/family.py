@@ -1,9 +1,10 @@
 """The optimizer of a family: ordinary steps, and one step at which the ranking of all atoms is frozen.
 
-Nothing is set to zero here. Until ``freeze_step`` the full network trains alone. Scores are averaged over the last
-steps before it, as in every sparse optimizer, and at that step one ranking decides what all members keep
-(:mod:`oto.optim.nested`). After DεpS (Annavajjala et al., ECCV 2024), where the ranking is by the L1 norms of the
-consuming weights and members are prefixes; here it is HESSO's choice, which knows costs, and members are sets.
+No entries are set to zero. Until ``freeze_step``, only the full network is trained. Scores are averaged over the last
+steps before, as in every sparse optimizer; at that step, one ranking determines what all members keep
+(:mod:`oto.optim.nested`). The method follows DεpS (Annavajjala et al., ECCV 2024), which ranks by the L1 norms of the
+consuming weights, and whose members are prefixes. Here the ranking is HESSO's choice, which takes costs into account,
+and members are sets.
 
 As in every sparse optimizer, checkpointed state is in the first parameter group: the frozen levels and scores, and the
 buffers (batch-norm statistics) of every member.
@@ -34,8 +35,8 @@ class FamilyOptimizer(SparseOptimizer):
     Args:
         params: As in :class:`SparseOptimizer`.
         nested: How the members are chosen.
-        schedule: Its start is the step at which the ranking is frozen.
-        setup: Further plain values that a checkpoint must agree with.
+        schedule: A schedule whose start is the step at which the ranking is frozen.
+        setup: Further plain values that must agree with those of a checkpoint.
 
     Raises:
         OptionError, UnknownParameterError, NonFiniteParameterError: As in :class:`SparseOptimizer`.
@@ -53,7 +54,7 @@ class FamilyOptimizer(SparseOptimizer):
         super().__init__(params, nested.smallest, schedule, **options)
 
     def sparse_step(self, t: int) -> None:
-        """Descend; at one step rank first, by the gradients and parameters before it."""
+        """Descend; at one step, first rank the atoms by the current gradients and parameters."""
         self.observe(self.schedule.until_choice(t))
         if self.schedule.starts_period(t):
             scores = self.scores()
@@ -65,20 +66,20 @@ class FamilyOptimizer(SparseOptimizer):
 
     @property
     def levels(self) -> Tensor | None:
-        """How many members besides the full network keep each atom, uint8, shape ``(N,)``; ``None`` until they are
-        settled."""
+        """The number of members besides the full network that keep each atom, uint8, shape ``(N,)``; ``None`` before
+        the ranking is frozen."""
         levels: Tensor | None = self.param_groups[0].get("oto_levels")
         return levels
 
     @property
     def ranking(self) -> Tensor:
-        """The scores that the members were ranked by, float64, shape ``(N,)``."""
+        """The scores by which the members were chosen, float64, shape ``(N,)``."""
         scores: Tensor = self.param_groups[0]["oto_scores"]
         return scores
 
     @property
     def buffers(self) -> Sequence[Buffers]:
-        """The persistent buffers of every member, the largest first; what a checkpoint holds of them."""
+        """The persistent buffers of every member, the largest first, as checkpoints hold them."""
         held: Sequence[Buffers] = self.param_groups[0].get("oto_buffers", ())
         return held
 
@@ -87,24 +88,24 @@ class FamilyOptimizer(SparseOptimizer):
         self.param_groups[0]["oto_buffers"] = [dict(one) for one in held]
 
     def by_group(self, kept: Tensor) -> dict[str, NDArray[np.int64]]:
-        """For each node group, the atoms that are kept: sorted int64 indices.
+        """For each node group, the kept atoms: sorted int64 indices.
 
         Args:
-            kept: Which are, bool, shape ``(N,)``.
+            kept: Which atoms are kept, bool, shape ``(N,)``.
         """
         sizes = [group.size for group in self.node_groups]
         own = zip(self.node_groups, kept.cpu().split_with_sizes(sizes), strict=True)
         return {group.name: np.flatnonzero(mask.numpy()) for group, mask in own}
 
     def describe_setup(self) -> dict[str, Any]:
-        """As for every sparse optimizer, with all targets, and how members are trained."""
+        """As in :class:`SparseOptimizer`, with all targets and ``setup``."""
         described = super().describe_setup()
         described.pop(self.choice.target.name)
         asked = [[choice.target.name, choice.target.asked] for choice in self.nested.choices]
         return described | {"targets": asked} | self.setup
 
     def plan(self) -> str:
-        """What happens at which step; print it."""
+        """A printable text: the targets, and what happens at which step."""
         freeze, total = self.schedule.start, self.schedule.total_steps
         lines = [str(choice.target) for choice in self.nested.choices]
         lines.append(f"steps 0–{freeze}  the full network trains alone")
@@ -115,6 +116,6 @@ class FamilyOptimizer(SparseOptimizer):
 
 
 def levels_kept(levels: Tensor, member: int) -> Tensor:
-    """Which atoms a member keeps, bool, shape ``(N,)``; 0 is the full network, which keeps all."""
+    """Which atoms a member keeps, bool, shape ``(N,)``; member 0 is the full network, which keeps all."""
     kept: Tensor = levels >= member
     return kept

@@ -1,19 +1,19 @@
-"""Compensation while training: after each choice, the atoms that stay gradually take over what the others carried.
+"""Compensation during training: after each choice, the remaining atoms gradually compensate for the chosen ones.
 
-A choice marks atoms that reach zero at the last of the ``T`` steps of its period. From the batches it was given, a fold
-fits what they carry by what stays, ``x_P ≈ B x_S + c`` (:mod:`oto.optim.compensate`). The weights that read them are
+A choice marks atoms that reach zero at the last of the ``T`` steps of its period. Over the given batches, a fold fits
+their activations by those that stay, ``x_P ≈ B x_S + c`` (:mod:`oto.optim.compensate`). The weights that read them are
 changed in equal parts, just as the atoms shrink in equal parts::
 
     ΔW_S = W_P B,  Δb = W_P c               once, when the choice is made, before its step
     W_S += ΔW_S / T,  b += Δb / T           at the beginning of each step of the period
 
-So after t steps the shrinking atoms carry (T - t) / T of what they did, and the others the remaining t / T. With one
-step a period everything is taken over at once. If what a group computes is proportional to its entries (a linear layer
-or convolution, ReLU, a batch norm in training), the sum is constant throughout; otherwise it is right at both ends.
-Meanwhile all parameters learn as usual.
+So after t steps, the shrinking atoms contribute (T - t) / T of their former part, and the others the remaining t / T.
+With one step per period, the whole change is applied at once. If the activations of a group are proportional to its
+entries (a linear layer or convolution, ReLU, a batch norm in training), the sum is constant throughout; otherwise it is
+correct at both ends. Meanwhile, all parameters are trained as usual.
 
-The fit uses the activations of that moment, in eval mode. It changes nothing of the model, its batch norms or the
-random numbers of the training. Parts that are still to come survive a checkpoint (``oto_fold``).
+The fit uses the activations at the time of the choice, in eval mode. It does not change the model, its batch norms or
+the random numbers of the training. Parts that are not applied yet are in checkpoints (``oto_fold``).
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ Left = Mapping[str, NDArray[np.bool_]]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """How remaining atoms take over.
+    """How the remaining atoms compensate.
 
     Attributes:
         kind: One of :data:`oto.optim.compensate.KINDS`.
+        partition: The partition of the model.
         readers: The readers of all prunable node groups, in the form in which they are fitted.
-        moments: Gives the moments of what some readers read, over the batches.
-        tensors: Gives the present parameters and buffers of the model, by name.
+        moments: Returns the moments of some readers' inputs over the batches.
+        tensors: Returns the current parameters and buffers of the model, by name.
     """
 
     kind: str
@@ -58,15 +59,16 @@ class Fold:
     tensors: Callable[[], Mapping[str, Tensor]]
 
     def begin(self, first: dict[str, Any], groups: Sequence[NodeGroup], before: Left, after: Left, steps: int) -> None:
-        """Fit, take over the first part, and store the others in a parameter group.
+        """Fit, apply the first part of the change, and store the others in a parameter group.
 
         Args:
             first: The parameter group.
+            groups: The node groups.
             before, after: Which atoms remain before and after the choice.
             steps: ``T``, the number of parts.
 
         Raises:
-            OptionError: No batch reached a weight that reads what goes.
+            OptionError: No batch reached a weight that reads the removed atoms.
         """
         changes = self.changes(groups, before, after)
         first["oto_fold"] = {"parts": {name: change / steps for name, change in changes.items()}, "left": steps}
@@ -74,7 +76,7 @@ class Fold:
 
     @torch.no_grad()
     def go_on(self, first: dict[str, Any]) -> None:
-        """Take over the next part, if there is one."""
+        """Apply the next part of the change, if there is one."""
         coming = first.get("oto_fold")
         if coming is None:
             return
@@ -87,11 +89,15 @@ class Fold:
 
     @torch.no_grad()
     def changes(self, groups: Sequence[NodeGroup], before: Left, after: Left) -> dict[str, Tensor]:
-        """What must be added to tensors, by name, once the atoms are gone."""
+        """The changes of tensors, by name, that compensate for the atoms in ``before`` but not in ``after``.
+
+        Raises:
+            OptionError: No batch reached a weight that reads the removed atoms.
+        """
         losing = [group for group in groups if (before[group.name] & ~after[group.name]).any()]
         tensors, copies, left = self.tensors(), dict[str, Tensor](), dict(before)
         unreached, reached = list[str](), 0
-        for pack in packed(losing, self.readers):  # a reader of several packs is changed by each
+        for pack in packed(losing, self.readers):  # a reader of groups in several packs is changed for each of them
             names = [group.name for group in pack]
             readers = self.readers.of(names)
             copies |= {name: tensors[name].detach().clone() for name in touched(readers) - copies.keys()}

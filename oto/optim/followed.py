@@ -1,7 +1,7 @@
 """Check that the model still has the parameters that its optimizer trains.
 
-A layer that replaces another after the optimizer was made is never trained, and what the optimizer zeroes is no longer
-part of the model. Only names and identities are compared, so a check takes a fraction of a millisecond.
+If a layer is replaced after the optimizer was made, the new layer is never trained, and the optimizer zeroes parameters
+that are no longer part of the model. Only names and identities are compared, so a check takes less than a millisecond.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from oto.errors import ModelChangedError, NoGradientWarning, UntrainedWarning, s
 from oto.shards import is_sharded, reshard
 
 CHECK_STEPS = 8
-"""The model is checked once in this many steps, and whenever groups are chosen."""
+"""The model is checked once in this many steps, and at the first and last step of every period."""
 
 
 _UNTRAINED = "the optimizer trains and zeroes what the model does not use, and what it uses is not trained"
@@ -25,14 +25,14 @@ _UNTRAINED = "the optimizer trains and zeroes what the model does not use, and w
 
 @dataclass(frozen=True)
 class Followed:
-    """A model, and what was known of it when checks began.
+    """A model, and its parameters at the time of the last check.
 
     Attributes:
-        model: Not kept alive.
+        model: A weak reference to the model.
         trained: For each name of a trained parameter in the model, the name that the optimizer uses.
-        names: The names of all its parameters.
+        names: The names of all parameters of the model.
         frozen: The names of those that were frozen.
-        warned: Whether the user was warned that there are no gradients.
+        warned: Whether the parameters had no gradients at the last check, so that the user is not warned again.
     """
 
     model: weakref.ref[nn.Module]
@@ -43,7 +43,11 @@ class Followed:
 
     @classmethod
     def of(cls, model: nn.Module, parameters: Mapping[str, Tensor]) -> Followed:
-        """The model as it is now, with the parameters that are trained, by name."""
+        """Start to follow a model.
+
+        Args:
+            parameters: The trained parameters, by name.
+        """
         own = {p: name for name, p in parameters.items()}
         found = dict(model.named_parameters(remove_duplicate=False))
         trained = {name: own[p] for name, p in found.items() if p in own}
@@ -51,19 +55,19 @@ class Followed:
         return cls(weakref.ref(model), trained, frozenset(found), frozen)
 
     def renamed(self, names: Mapping[str, str]) -> Followed:
-        """The same where the optimizer has new names for some parameters."""
+        """The same with new names of some parameters in the optimizer."""
         return replace(self, trained={name: names.get(own, own) for name, own in self.trained.items()})
 
     def look(self, parameters: Mapping[str, Tensor], needed: Container[str], pruning: bool) -> Followed:
-        """Compare the model with the parameters that are trained now.
+        """Compare the model with the trained parameters. Warns if there are no gradients, or new untrained parameters.
 
         Args:
-            parameters: The trained ones, by name.
-            needed: Names whose entries are zeroed.
-            pruning: Whether anything may still be chosen.
+            parameters: The trained parameters, by name.
+            needed: Names of parameters whose entries are zeroed.
+            pruning: Whether pruning is still to come or under way.
 
         Returns:
-            What the next check compares with, so that nothing is reported twice.
+            The state to compare with at the next check, so that nothing is reported twice.
 
         Raises:
             ModelChangedError: A trained parameter was replaced, or one whose entries are zeroed is gone.

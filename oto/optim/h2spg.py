@@ -1,6 +1,6 @@
 """H2SPG: hierarchical half-space projected gradient (OTOv3, arXiv 2312.09411).
 
-With G the segments (:mod:`oto.groups.segments`), whose removal leaves a network, and K of them to go::
+With G the segments (:mod:`oto.groups.segments`), parts of the network that can be removed, and K of them to remove::
 
     minimize f(x)   such that   K segments of G are zero, and the network without them is valid
 
@@ -16,19 +16,21 @@ With G the segments (:mod:`oto.groups.segments`), whose removal leaves a network
         g in G_r:               x̂_g = x_g - α (d_g + λ_g x_g / ||x_g||)      λ_g by the rule of DHSPG
                                 x_g <- 0 if <x̂_g, x_g> < ε ||x_g||², else x̂_g
 
-Valid is what the trial removal finds after each one: every input is read, every joint has something to give
-(:func:`oto.groups.segments.legal` puts nothing back), and every run of repeated blocks keeps ``min_depth`` of them.
-What that asks for stands in ``among`` of the segments' node groups. Ranking alone could take the network apart.
+The network is valid if every input is read, every joint has an argument (:func:`oto.groups.segments.legal` adds
+nothing), and every run of repeated blocks keeps ``min_depth`` of them. These conditions are in ``among`` of the
+segments' node groups; the search checks them after each trial removal. Removing segments by rank alone could disconnect
+the network.
 
 Where we differ from the paper, and why:
 
-* Stage 2 is that of :mod:`oto.optim.dhspg`, whose rule for λ the paper takes, so the target is met exactly: what has
-  not left its half-space by the last period shrinks to zero in it.
-* A target may be any of the library's, of segments alone or beside channels. Then what goes is chosen by
-  :mod:`oto.optim.choice` at the exact cost of each, which keeps the same sets of segments together; the search above is
-  that of ``target_segments=K``.
-* Scores are the library's; ``saliency="dhspg"`` are those of the paper. What depends on the batch (gradients) is
-  averaged over all steps until the search, by a mean, not one that forgets; what does not is that of the search.
+* Stage 2 is that of :mod:`oto.optim.dhspg`, whose rule for λ the paper uses, so the target is met exactly: groups that
+  have not left their half-spaces by the last period are shrunk to zero in it.
+* Any target of the library is accepted, for segments alone or together with channels. Then :mod:`oto.optim.choice`
+  chooses by the exact cost of each segment, under the same conditions; the search above is used with
+  ``target_segments=K``.
+* Scores are the library's; ``saliency="dhspg"`` gives those of the paper. Criteria that depend on the batch (gradients)
+  are averaged over all steps until the search, by a plain mean instead of a moving average; others are computed at the
+  search.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from oto.optim.wrapped import Params
 
 
 class H2SPG(DHSPG):
-    """Search what may go by trial removal, penalize and project it; the module has the algorithm.
+    """Find segments to remove by trial removal, penalize and project them; see the module docstring.
 
     With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
 
@@ -59,15 +61,17 @@ class H2SPG(DHSPG):
         params: As in :class:`HESSO`, and so are all options that are not named here. ``saliency="dhspg"`` scores as
             published.
         node_groups: Node groups of the model, of an ``OTO(..., compress_mode="erase")`` or ``"both"``.
-        target_segments: How many segments go, as published, in place of the other targets; of ``"erase"``. Those that
-            a layout lets go together, such as those of a layer, count as one.
+        target_segments: Number of segments to remove, as published, instead of another target; only with
+            ``compress_mode="erase"``. Segments that a layout ties together, such as those of one layer, count as one.
         lmbda, lmbda_amplify, hat_lmbda_coeff, epsilon, partition_step, half_space_step, warm_up_steps: As in
             :class:`DHSPG`.
-        average_steps: Over how many steps until the search scores are averaged; by default all of them.
+        average_steps: Number of steps before the search over which scores are averaged; by default all of them.
 
     Raises:
-        OptionError: An option means nothing or has no effect; or there is no segment to search.
-        TargetError: Fewer than ``target_segments`` may go; or as in :class:`DHSPG`.
+        OptionError: An option is invalid or has no effect; or ``target_segments`` is given, and not all prunable node
+            groups are segments.
+        TargetError: Fewer than ``target_segments`` can be removed; it is given with another target; or as in
+            :class:`DHSPG`.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class H2SPG(DHSPG):
         node_groups, number = tuple(node_groups), options.get("target_segments")
         own = besides(options, SearchOptions)
         if options.get("saliency") == "dhspg":
-            own["tolerance_group_sparsity"] = 0.0  # the search says exactly what goes
+            own["tolerance_group_sparsity"] = 0.0  # the search determines exactly what is removed
         if number is not None:
             if all(own.get(name) is None for name in own if name.startswith("target_")):
                 own["target_group_sparsity"] = _share(node_groups, number)
@@ -109,7 +113,7 @@ class H2SPG(DHSPG):
             )
 
     def partition(self) -> None:
-        """G_r is redundant from now on."""
+        """Mark G_r as redundant."""
         if self.target_segments is None or not self.choice.target.wants_less:
             super().partition()
             return
@@ -117,10 +121,13 @@ class H2SPG(DHSPG):
         self.mark_redundant(self.search(self.scores()))
 
     def search(self, scores: Tensor) -> Tensor:
-        """G_r by trial removal, bool, shape ``(N,)``, on the CPU.
+        """Find G_r by trial removal.
 
         Args:
             scores: Importance of every segment, shape ``(N,)``; the lowest are the most redundant.
+
+        Returns:
+            The segments to remove, bool, shape ``(N,)``, on the CPU.
         """
         units: dict[str, list[int]] = {}
         for i, group in enumerate(self.node_groups):
@@ -138,7 +145,7 @@ class H2SPG(DHSPG):
         return chosen
 
     def is_valid_without(self, names: Collection[str]) -> bool:
-        """Whether of every set of segments of which some have to stay as many do without these."""
+        """Whether every set of segments keeps as many members as it needs if these are removed."""
         sets = Counter[tuple[str, int]]()
         for group in self.node_groups:
             sets.update(dict.fromkeys(group.among, int(group.name not in names)))
@@ -150,16 +157,16 @@ class H2SPG(DHSPG):
 
 
 def _unit(group: NodeGroup) -> str:
-    """What a segment goes together with: its tie, or it goes alone."""
+    """The name of the unit in which a segment is removed: its tie, or its own name."""
     return group.tie or group.name
 
 
 def _share(node_groups: Sequence[NodeGroup], number: int) -> float:
-    """The share of the segments that a number of them is.
+    """Convert a number of segments to ``target_group_sparsity``.
 
     Raises:
-        OptionError: There are no segments, or channels that may go, too.
-        TargetError: It is no number of segments.
+        OptionError: There are no segments, or prunable node groups that are not segments.
+        TargetError: ``number`` is not an integer from 0 to the number of segments minus one.
     """
     groups = [group for group in node_groups if group.prunable and group.size]
     if not groups or not all(group.segment for group in groups):

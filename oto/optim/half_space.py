@@ -1,4 +1,4 @@
-"""What HSPG and DHSPG share: a penalty on the norms of groups, half-spaces, and a target that is met exactly.
+"""The common part of HSPG and DHSPG: a penalty on group norms, projection by half-spaces, and an exactly met target.
 
 Let ``x`` be the entries of a group before a step, and ``x̂`` those after it. One step is::
 
@@ -8,20 +8,22 @@ Let ``x`` be the entries of a group before a step, and ``x̂`` those after it. O
 
 A group that is set to zero in this way stays at zero.
 
-Neither paper counts groups: whatever leaves its half-space goes. Here a target is met exactly, so
+Neither paper limits the number of groups: every group that leaves its half-space is removed. Here a target is met
+exactly, so
 
-* penalty and projection stop at the target, and are not applied where nothing has to go. A node group that may lose no
-  more atoms (because of a floor, a multiple, or the target) is no longer penalized. How much may still go is known at
-  every step (:mod:`oto.optim.budget`); which groups went is read back from the device only when a period begins.
-* if several groups leave their half-spaces in one step, those that are furthest out, by ``<x̂, x> / ||x||² - ε``, go
-  first, and only as many as the target allows. Released HSPG picks them at random, and counts the wrong number
-  (``n * (trial - upper)``, the excess, instead of the room that is left).
-* the last period belongs to the choice: what is still missing for the target is chosen, and shrunk to exactly zero as
-  in HESSO. ``progress`` and ``history`` say how many groups went which way.
+* penalty and projection stop at the target, and are not applied if nothing has to be removed. A node group that may
+  lose no more atoms (because of a floor, a multiple, or the target) is no longer penalized. How much may still be
+  removed is known at every step (:mod:`oto.optim.budget`); which groups were removed is read back from the device only
+  at the beginning of a period.
+* if several groups leave their half-spaces in one step, those that are furthest outside, by ``<x̂, x> / ||x||² - ε``,
+  are removed first, and only as many as the target allows. Released HSPG picks them at random, and uses the wrong
+  number (``n * (trial - upper)``, the excess, instead of the remaining room).
+* in the last period, the groups that are still missing for the target are chosen, and shrunk to exactly zero as in
+  HESSO. ``progress`` and ``history`` report how many groups were removed in which way.
 
-The penalty comes after the wrapped optimizer's step, so it passes through no momentum and no preconditioner. A group
-that is at zero without having been projected has no penalty, and no half-space to leave. Frozen parameters are not
-penalized, but go to zero with their group.
+The penalty is applied after the wrapped optimizer's step, so it does not enter momentum or preconditioner. A group that
+is at zero without having been projected has no penalty, and no half-space to leave. Frozen parameters are not
+penalized, but are set to zero with their group.
 
 Memory: one copy of the penalized entries, in their own dtype; an entry that belongs to several groups is copied for
 each of them.
@@ -53,7 +55,8 @@ from oto.optim.wrapped import Params
 from oto.shards import any_sharded
 
 PERIODS = 10
-"""The default number of periods. At the start of each it is read back what has gone; the last one is the choice's."""
+"""The default number of periods. At the start of each, the removed groups are read back from the device; in the last
+one, the groups that are still missing for the target are chosen."""
 
 KINDS = ("conv", "linear", "norm")
 """The kinds of node groups: the largest tensor that they zero has three dimensions or more, two, or one."""
@@ -63,11 +66,11 @@ Epsilon = float | Mapping[str, float]
 
 @dataclass(eq=False)
 class Penalized:
-    """The groups that may still go, as steps see them.
+    """The penalized groups, with their values before a step.
 
     Attributes:
-        copied: Their entries, and one copy of what these were before the wrapped optimizer's step.
-        rates: The learning rate of each slice that this process has, at this step; 0 where it is frozen.
+        copied: Their entries, and a copy of their values before the wrapped optimizer's step.
+        rates: The learning rate of each place on this process, at this step; 0 where it is frozen.
         everywhere: The learning rates of all tensors, including those that only other processes have.
         epsilon: ε of every atom, shape ``(N,)``.
         sq, norm: ``||x_g||²`` and ``||x_g||`` before the step, shape ``(N,)``.
@@ -82,7 +85,7 @@ class Penalized:
 
     @property
     def rows(self) -> Rows:
-        """Where their entries are."""
+        """The entries of the groups."""
         return self.copied.rows
 
     def remember_(self) -> None:
@@ -96,7 +99,7 @@ class Penalized:
 
         Args:
             lmbda: λ: one number, or one for every atom.
-            which: The atoms that are penalized, bool, shape ``(N,)``.
+            which: The atoms to penalize, bool, shape ``(N,)``.
         """
         self.copied.subtract_(self._per_norm(lmbda, which), self.rates)
 
@@ -116,22 +119,23 @@ class Penalized:
 
         Call it before the wrapped optimizer's step.
         """
-        if are_alike(self.everywhere):  # asked of all tensors, so that every process takes the same branch
+        if are_alike(self.everywhere):  # considers all tensors, so that every process takes the same branch
             return torch.ones_like(self.norm) * self.everywhere[0]
         return self.rows.sq_norm(self.rates) / self.sq.clamp_min(torch.finfo(self.sq.dtype).tiny)
 
 
 class HalfSpace(HESSO):
-    """A sparse optimizer whose groups leave by half-spaces; see the module docstring.
+    """A sparse optimizer that removes groups when they leave their half-spaces; see the module docstring.
 
     Args:
         params, node_groups: As in :class:`HESSO`, like all options that are not named here.
         epsilon: ε of the half-spaces, in [0, 1): with 0 the fewest groups leave. A number, or one for each kind of
-            group (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``); kinds that are left out keep the default.
+            group (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``); kinds that are left out have the default.
         half_space_step: The first step that projects; a float in [0, 1] is a share of ``total_steps``.
         start_pruning_step, pruning_steps, total_steps: As in :class:`HESSO`.
-        pruning_periods: Number of periods, at least 2. When a period begins, it is read back which groups have gone;
-            the last period belongs to the choice. By default 10, or as many as there are pruning steps.
+        pruning_periods: Number of periods, at least 2. At the beginning of each, the removed groups are read back from
+            the device; in the last one, the choice removes what is still missing for the target. By default 10, or as
+            many as there are pruning steps.
 
     Raises:
         OptionError: An option is invalid, or the wrapped optimizer has no learning rate.
@@ -139,7 +143,7 @@ class HalfSpace(HESSO):
     """
 
     EPSILON: float = 0.95
-    fold_at_choice = False  # readers take over in the last period, where the choice gives up what half-spaces left
+    fold_at_choice = False  # readers compensate in the last period, for the groups that are removed by the choice
     WAIT: int = 1  # by default, projection begins after this many quarters of the pruning steps
     WHO: str = "all groups that may go are penalized"
 
@@ -174,12 +178,12 @@ class HalfSpace(HESSO):
         super().__init__(params, node_groups, costs=costs, latency=latency, **own)
         require_sound(self)
 
-    # What the papers say ---------------------------------------------------------------------------------------------
+    # The steps of the papers -----------------------------------------------------------------------------------------
 
     def penalized(self, t: int) -> Penalized | None:
-        """The groups that may still go by half-spaces; ``None`` if there are none, or if none may go at step ``t``."""
+        """The groups to penalize at step ``t``; ``None`` if there are none, or before or after the penalty."""
         if not self.choice.target.wants_less or not self.schedule.start <= t < self.last_period:
-            self._penalized = self._went = None  # with its copy of the entries
+            self._penalized = self._went = None  # frees the copy of the entries
             return None
         plan = self._plan()
         if self._penalized is None or self._penalized[0] is not plan:
@@ -192,12 +196,12 @@ class HalfSpace(HESSO):
         return found
 
     def open(self) -> Tensor:
-        """Which atoms may still go, bool, shape ``(N,)``."""
+        """Which atoms may still be removed, bool, shape ``(N,)``."""
         alive, budget = self._may_go(), self.budget()
         return alive if budget is None else alive & budget.open(self._gone())
 
     def project_(self, further_out: Tensor) -> None:
-        """Mark the groups that left their half-spaces as pruned, the furthest out first, as many as the target allows.
+        """Mark groups outside of their half-spaces as pruned, the furthest first, as many as the target allows.
 
         Args:
             further_out: ``<x̂_g, x_g> / ||x_g||² - ε``, shape ``(N,)``: a group below 0 has left its half-space.
@@ -211,7 +215,7 @@ class HalfSpace(HESSO):
         self.atoms = torch.where(going, PRUNED, self.atoms).to(torch.uint8)
 
     def begin_period(self, t: int) -> None:
-        """Read back what has gone; at the start of the last period, choose what is still missing."""
+        """Read back which groups were removed; at the start of the last period, choose what is still missing."""
         if not self.choice.target.wants_less:
             return
         self._settle()
@@ -224,9 +228,9 @@ class HalfSpace(HESSO):
             self._record_cost()
 
     def end_step(self, t: int) -> None:
-        """Shrink what the choice gave up, as HESSO does, and keep what is pruned at zero."""
+        """Shrink the chosen groups, as HESSO does, and keep pruned groups at zero."""
         if self.choice.target.wants_less and self.schedule.starts_period(t):
-            self.zero_moments_()  # what was read back gets no gradients any more; old ones are not to move it
+            self.zero_moments_()  # otherwise momentum from earlier gradients would move the groups just read back
         if t >= self.last_period:
             if self.schedule.ends_period(t):
                 self.commit()
@@ -238,7 +242,7 @@ class HalfSpace(HESSO):
             self._keep_at_zero(found.rows)
 
     def _keep_at_zero(self, rows: Rows) -> None:
-        """Zero the groups that went since the atoms were last read back."""
+        """Zero the groups that were removed since the atoms were last read back."""
         if not is_here(self.atoms):
             rows.zero_(self._gone())
             return
@@ -247,7 +251,7 @@ class HalfSpace(HESSO):
         zero_(self._went[2])
 
     def plan(self) -> str:
-        """Which steps do what, and how much of a norm the penalty takes in total; to be printed."""
+        """A printable text: what happens at which step, and by how much the penalty shortens a norm in total."""
         schedule, last = self.schedule, self.last_period
         if not self.choice.target.wants_less:
             return super().plan()
@@ -264,7 +268,7 @@ class HalfSpace(HESSO):
         return "\n".join([str(self.choice.target), *steps, self._reach(), end])
 
     def _reach(self) -> str:
-        """A line that shows whether λ suits the number of steps. Synchronizes."""
+        """A line from which a user can see whether λ suits the number of steps. Synchronizes."""
         rate, steps = float(self.param_groups[0]["lr"]), self.last_period - self.schedule.start
         taken = rate * self.least_lmbda * steps
         text = (
@@ -285,7 +289,7 @@ class HalfSpace(HESSO):
         return self.schedule.bounds(self.schedule.periods - 1)[0]
 
     def choose_rest(self) -> None:
-        """Mark as redundant what the target still lacks, by the scores of the choice."""
+        """Mark the groups as redundant that are still missing for the target, by the scores of the choice."""
         alive = self.atoms != PRUNED
         if rest(self.choice, torch.ones(self.num_atoms), alive).any():
             chosen = rest(self.choice, self.scores(), alive)
@@ -294,20 +298,20 @@ class HalfSpace(HESSO):
         self.mark_redundant(chosen)
 
     def commit(self) -> None:
-        """As in HESSO, and count these groups as gone by the choice."""
+        """As in HESSO, and count these groups as removed by the choice."""
         self.param_groups[0]["oto_by_choice"] += sum(int((own == REDUNDANT).sum()) for own in self._codes())
         super().commit()
         self._settle()
 
     @property
     def ways(self) -> dict[str, int]:
-        """How many groups are at zero by their half-spaces, and how many by the choice."""
+        """The number of groups that are pruned by half-spaces, and by the choice."""
         chosen: int = self.param_groups[0]["oto_by_choice"]
         return {"by half-space": self.num_pruned - chosen, "by choice": chosen}
 
     @property
     def progress(self) -> Progress:
-        """As in :class:`HESSO`, and how many groups went which way."""
+        """As in :class:`HESSO`, with the number of groups that were removed in each way."""
         return replace(super().progress, ways=self.ways)
 
     def _record_cost(self) -> None:
@@ -321,7 +325,7 @@ class HalfSpace(HESSO):
 
     @property
     def default_lmbda(self) -> float:
-        """λ if none is given."""
+        """The default λ."""
         return 1e-2 if self.is_over_adam else 1e-3
 
     @property
@@ -338,9 +342,9 @@ class HalfSpace(HESSO):
         return atoms
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch."""
+        """As in :class:`HESSO`."""
         saved = super().state_dict()
-        # a distributed checkpoint is read into these tensors in place, so the two must not share their memory
+        # a distributed checkpoint is loaded into these tensors in place, so the two must not share memory
         first = saved["param_groups"][0]
         first["oto_settled"] = first["oto_settled"].clone()
         return saved
@@ -350,7 +354,7 @@ class HalfSpace(HESSO):
         return super().describe_setup() | {"epsilon": self.epsilon, "half_space_step": self.half_space_step}
 
     def budget(self) -> Budget | None:
-        """What may go, from the counts that were last read back; ``None`` if every atom that is chosen may go."""
+        """What may be removed, by the counts last read back; ``None`` if there is no limit."""
         counts: Tensor = self.param_groups[0]["oto_counts"]
         if self._budget is None or self._budget[0] is not counts:
             self._budget = counts, Budget.of(self.choice, *np.array(counts.tolist())).to(self.atoms.device)
@@ -366,9 +370,9 @@ class HalfSpace(HESSO):
             first["oto_settled"] = first["oto_atoms"]
 
     def _settle(self) -> None:
-        """Read the atoms back: the next steps go by their state as it is now."""
+        """Read the atoms back from the device; the next steps use their current state."""
         counts = [int((own != PRUNED).sum()) for own in self._codes()]
-        # for each node group: how many atoms there are, and how many the model has lost since (it was shrunk)
+        # for each node group: how many atoms it has, and how many of them the model has lost since by shrinking
         number = torch.tensor([counts, [0] * len(counts)], dtype=torch.int64)
         self.param_groups[0] |= {"oto_settled": self.atoms, "oto_counts": number}
 
@@ -381,15 +385,15 @@ class HalfSpace(HESSO):
         self.param_groups[0] |= {"oto_settled": settled, "oto_counts": number}
 
     def _may_go(self) -> Tensor:
-        """Which atoms may be penalized, as far as the target allows; bool, shape ``(N,)``."""
+        """Which atoms may be penalized, regardless of the target; bool, shape ``(N,)``."""
         return self.atoms != PRUNED
 
     def _gone(self) -> Tensor:
-        """Which atoms went since they were last read back, bool, shape ``(N,)``."""
+        """Which atoms were removed since they were last read back, bool, shape ``(N,)``."""
         return (self.atoms == PRUNED) & (self.settled != PRUNED)
 
     def _find_penalized(self, former: Copied | None) -> Penalized | None:
-        """The groups to penalize, or ``None`` if by the counts last read back none may go.
+        """The groups to penalize, or ``None`` if, by the counts last read back, none may be removed.
 
         Args:
             former: The last copy, whose memory is reused.
@@ -406,12 +410,12 @@ class HalfSpace(HESSO):
         return Penalized(Copied(entries, former), (), epsilon)
 
     def _penalized_rows(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        """For each node group the atoms that are penalized, by the states last read back."""
+        """For each node group, the indices of the atoms to penalize, by the states last read back."""
         return [(own != PRUNED).nonzero()[:, 0] for own in codes]
 
 
 def require_sound(optimizer: HalfSpace) -> None:
-    """Refuse an optimizer without a learning rate, and a schedule in which no group could leave its half-space.
+    """Check that there is a learning rate, and that the schedule lets groups leave their half-spaces.
 
     Raises:
         OptionError: There is no learning rate.
@@ -441,13 +445,13 @@ def require_sound(optimizer: HalfSpace) -> None:
 
 
 def kinds_of(node_groups: Sequence[NodeGroup], parameters: Mapping[str, Tensor]) -> list[str]:
-    """The kind of each node group."""
+    """The kind of each node group, one of :data:`KINDS`."""
     most = [max((parameters[piece.parameter].dim() for piece in group.zeros), default=0) for group in node_groups]
     return [KINDS[0] if dims > 2 else KINDS[1] if dims == 2 else KINDS[2] for dims in most]
 
 
 def rates_of(param_groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Rate]:
-    """The present learning rate of each of these parameters; 0 if it is frozen."""
+    """The current learning rate of each of these parameters; 0 if it is frozen."""
     rates: dict[str, Rate] = {}
     for group in param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):

@@ -6,23 +6,23 @@ It minimizes ``Ψ(x) = f(x) + λ Σ_g ||x_g||``, the sum over zero-invariant gro
     stage 2, from half_space_step on:       x̂_g  = x_g - α (∇f_g + λ x_g / ||x_g||)      for every group not at zero
                                             x_g <- 0      if <x̂_g, x_g> < ε ||x_g||²     it left its half-space
                                             x_g <- x̂_g    otherwise
-    groups at zero stay there; what belongs to no group takes the ordinary step
+    groups at zero stay there; entries that belong to no group take the ordinary step
 
-Why a projection does not hurt: outside of the half-space ``<∇Ψ_g, x_g> > (1 - ε) ||x_g||² / α`` holds, so the way to
-zero is a descent direction of Ψ. If the gradient has the Lipschitz constant L, the projection lowers Ψ by at least
-``(1 - ε) / α - L / 2`` times ``||x_g||²``.
+Why a projection does not increase the loss: outside of the half-space ``<∇Ψ_g, x_g> > (1 - ε) ||x_g||² / α`` holds, so
+the direction towards zero is a descent direction of Ψ. If the gradient has the Lipschitz constant L, the projection
+lowers Ψ by at least ``(1 - ε) / α - L / 2`` times ``||x_g||²``.
 
 Where we differ from the paper and its released code, and why:
 
-* The target is met exactly (:mod:`oto.optim.half_space` says how): penalty and projection stop there, the groups that
-  are furthest out go first, and the choice adds what is missing in the last period. As published, λ and ε decide how
-  many groups go, and only ``upper_group_sparsity`` limits them.
-* In place of ``∇f`` stands the direction of any torch optimizer, with its momentum and preconditioner; the penalty is
+* The target is met exactly (see :mod:`oto.optim.half_space`): penalty and projection stop there, the groups furthest
+  outside are removed first, and the choice adds what is missing in the last period. As published, λ and ε determine how
+  many groups are removed, and only ``upper_group_sparsity`` limits them.
+* ``∇f`` is replaced by the direction of any torch optimizer, with its momentum and preconditioner; the penalty is
   applied after its step. The paper's optimizer is plain SGD, for which this is the same.
 * Steps before ``start_pruning_step`` are ordinary. The paper penalizes from the first step on; here that is
   ``start_pruning_step=0``.
 * ``x_g / ||x_g||`` is 0 for a group at zero; released code divides by ``||x_g|| + 1e-6`` in stage 1.
-* ε is constant. Released code for BERT raises ε of linear layers while the sparsity stands still.
+* ε is constant. Released code for BERT raises ε of linear layers while the sparsity does not increase.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from oto.optim.wrapped import Params
 
 
 class HSPG(HalfSpace):
-    """Penalize the norms of all groups, and project those that leave their half-spaces; the module has the algorithm.
+    """Penalize the norms of all groups, and project those that leave their half-spaces; see the module docstring.
 
-    With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
+    With ``target_macs=1.0`` every step is bitwise equal to that of the wrapped optimizer.
 
     Args:
         params: As in :class:`HESSO`, like all options that are not named here.
         node_groups: Node groups of the model.
-        lmbda: λ of the penalty, or a function from the step to λ; by default 1e-3, and 1e-2 over Adam and AdamW. Where
-            no gradient holds it, the norm of a group falls by αλ a step, so λ must suit the number of steps:
-            ``progress`` says how many groups went by their half-spaces, and how many had to be chosen in the end.
+        lmbda: λ of the penalty, or a function from the step to λ; by default 1e-3, and 1e-2 over Adam and AdamW. If no
+            gradient opposes it, the norm of a group decreases by αλ per step, so λ must suit the number of steps:
+            ``progress`` reports how many groups left their half-spaces, and how many had to be chosen in the end.
         epsilon: ε of the half-spaces, in [0, 1); 0.95 by default. A number, or one for each kind of group
             (``{"conv": 0.9, "linear": 0.0, "norm": 0.0}``).
-        half_space_step: When stage 2 begins; a float in [0, 1] is a share of ``total_steps``. By default after a
-            quarter of the pruning steps.
+        half_space_step: The step at which stage 2 begins; a float in [0, 1] is a share of ``total_steps``. By default
+            after a quarter of the pruning steps.
         upper_group_sparsity: The original's name for ``target_group_sparsity``.
-        start_pruning_step: When stage 1 begins.
-        pruning_steps: Number of steps over which groups go.
-        pruning_periods: Number of periods, by default 10: what has gone is read back when one begins, and the last one
-            belongs to the choice.
+        start_pruning_step: The step at which stage 1 begins.
+        pruning_steps: Number of steps over which groups are removed.
+        pruning_periods: Number of periods, by default 10. At the beginning of each, the removed groups are read back
+            from the device; in the last one, the choice removes what is still missing for the target.
         total_steps: As in :class:`HESSO`.
 
     Raises:
@@ -103,7 +103,7 @@ class HSPG(HalfSpace):
         return self.lmbda(self.schedule.start)
 
     def sparse_step(self, t: int) -> None:
-        """Descend, penalize all groups that may still go, and project those that left their half-spaces."""
+        """Descend, penalize all groups that may still be removed, and project those that left their half-spaces."""
         self.observe(self.last_period - t if t <= self.last_period else None)
         if self.schedule.starts_period(t):
             self.begin_period(t)

@@ -1,4 +1,4 @@
-"""``target_kept``: how many atoms each node group keeps, given by names of parameters."""
+"""Read ``target_kept``: how many atoms each node group keeps, given by names of parameters."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from oto.optim.target import Counts
 def as_named(
     kept: Mapping[str, float], groups: Sequence[NodeGroup], divisors: Sequence[int], whole: Sequence[NodeGroup] = ()
 ) -> Counts:
-    """How many atoms each node group keeps, given by names of parameters.
+    """The number of atoms that each node group keeps, given by names of parameters, shape ``(groups,)``.
 
     Args:
         kept: Names or globs of parameters or groups, each with a number of atoms or a share of them. Shares are rounded
-            up, to whole atoms and to the divisor. Of several the greatest counts; groups that none names stay whole.
-        groups, divisors: The prunable node groups, and what their kept counts are multiples of.
+            up, to whole atoms and to the divisor. If several match a group, the largest number counts. Groups that none
+            matches stay whole.
+        groups, divisors: The prunable node groups, and the numbers that their kept counts must be multiples of.
         whole: All other node groups.
 
     Raises:
@@ -49,7 +50,7 @@ def as_named(
 
 
 def _require_so_many(pattern: str, number: float, named: Collection[NodeGroup]) -> None:
-    """Refuse a number of channels for a group that has fewer atoms: heads, or groups of channels."""
+    """Raise an error if a number exceeds the atoms of all named groups, such as channels for a group of heads."""
     if isinstance(number, int) and all(group.size < number for group in named):
         group = max(named, key=lambda group: group.size)
         raise TargetError(
@@ -73,7 +74,7 @@ def _require_free(pattern: str, held: Sequence[NodeGroup], free: Mapping[str, in
 def _require_followed(
     asked: Mapping[str, Mapping[str, int]], counts: Mapping[str, int], groups: Sequence[NodeGroup]
 ) -> None:
-    """Refuse requests that would have no effect."""
+    """Raise an error for requests that would have no effect, or that contradict ``min_kept``."""
     for pattern, wanted in asked.items():
         if wanted and all(counts[name] > n for name, n in wanted.items()):
             name, n = next(iter(wanted.items()))

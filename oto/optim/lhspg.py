@@ -1,34 +1,36 @@
 """LHSPG: LoRA half-space projected gradient (LoRAShear, arXiv 2310.18356, section 3.3, algorithm 2).
 
-A frozen weight ``x`` and its adapter ``γ B A`` are one operator. A period begins by choosing the groups that matter
-least. In each of its ``T`` steps ``t``::
+A frozen weight ``x`` and its adapter ``γ B A`` are one operator. At the beginning of a period, the least salient groups
+are chosen. In each of its ``T`` steps ``t``::
 
     A, B <- a step of the wrapped optimizer
     for each redundant group g:
         x̂_g = [x + γ B A]_g - λ_g x_g / ||x_g||,    B_g <- 0       λ_g = ||x_g|| / (T - t)
         x_g <- 0      if <x̂_g, x_g> <= ε ||x_g||²                  it left its half-space
         x_g <- x̂_g    otherwise
-    groups at zero stay there; all others learn through A and B
+    groups at zero stay there; all others are trained through A and B
 
-If the adapter does not move, λ_g shortens the group by the same length at every step, and it reaches zero at the last.
+If the adapter does not move, λ_g shortens the group by the same length at every step, and it is zero after the last.
 
 Where we differ from the paper and its released code, and why:
 
-* λ_g is not given in the paper. Ours brings the norm linearly to zero over the period. Whatever the adapter adds, what
-  remains when the period ends is set to zero.
-* ε is not given either, and is 0: a group that reaches zero on time has ``<x̂, x> / ||x||² = 1 - 1 / (T - t)``, so a
-  larger ε would project it early, in the last ``1 / (1 - ε)`` steps. A group at zero is in no half-space, so it stays.
-* What goes in which period is the library's choice, for its targets. The paper removes equally many groups in each
-  period. The default criterion is the norm of ``x + γ B A`` over the mean of the node group, since most weights of a
-  group are frozen and have no gradient. Criteria that use gradients see that of the product of the factors, if any.
-* Important groups keep their adapters. The paper merges ``B A`` into them as each period ends; then the slim model
-  would have no adapters to save, though the merged model is the same. Those of redundant groups are merged, as there.
+* The paper does not define λ_g. Here it reduces the norm linearly to zero over the period. Whatever the adapter adds,
+  what remains when the period ends is set to zero.
+* The paper does not define ε either; here it is 0: a group that shrinks as planned has
+  ``<x̂, x> / ||x||² = 1 - 1 / (T - t)``, so a larger ε would project it early, in the last ``1 / (1 - ε)`` steps.
+* Which groups are removed in which period is determined by the library's choice and targets. The paper removes equally
+  many groups in each period. The default criterion is the norm of ``x + γ B A`` over the mean of the node group, since
+  most weights of a group are frozen and have no gradient. Criteria that use gradients get that of the product of the
+  factors, if there is one.
+* Important groups keep their adapters. The paper merges ``B A`` into them at the end of each period; then the slim
+  model would have no adapters to save, though the merged model is the same. The adapters of redundant groups are
+  merged, as in the paper.
 * Atoms may be rows or columns. Attention heads remove columns of ``x`` and of ``A``; then ``A_g <- 0``.
 * If a weight or a factor is read twice (tied embeddings), or an adapter is of a different kind, its rows of ``B`` are
   ordinary entries of the group.
-* Everything else that a group zeroes (norms, biases, layers without an adapter, also trained ones) is a part of
-  ``x_g``.
-* Merging ignores the dropout of an adapter, which is active only in training.
+* All other entries that a group zeroes (norms, biases, layers without an adapter, including trained ones) are a part
+  of ``x_g``.
+* Merging ignores the dropout of an adapter, which is active only during training.
 * Released LHSPG has no half-spaces and no λ: it scales the rows of ``x`` and of ``B``.
 
 Memory: one copy of the redundant entries, and one product ``B A`` at a time.
@@ -59,14 +61,14 @@ from oto.optim.wrapped import Params
 
 
 class LHSPG(HESSO):
-    """Prune a frozen model while its adapters learn; see the module docstring for the algorithm.
+    """Prune a frozen model while its adapters are trained; see the module docstring for the algorithm.
 
-    With ``target_macs=1.0`` every step is, bit for bit, that of the wrapped optimizer.
+    With ``target_macs=1.0`` every step is bitwise equal to that of the wrapped optimizer.
 
     Args:
-        params: As in :class:`HESSO`, frozen parameters among them, and so are all options that are not named here. By
+        params: As in :class:`HESSO`, including frozen parameters, and so are all options that are not named here. By
             default ``saliency="magnitude"``, of the weights with their adapters.
-        node_groups: Node groups of the model, those of frozen weights prunable; ranks of adapters may not be.
+        node_groups: Node groups of the model; those of frozen weights must be prunable, ranks of adapters must not be.
         adapters: The adapters, as :func:`oto.groups.adapters.adapters` finds them.
         epsilon: ε of the half-spaces, in [0, 1).
 
@@ -99,7 +101,7 @@ class LHSPG(HESSO):
         super().__init__(params, node_groups, costs=costs, latency=latency, **besides(options, OperatorOptions))
 
     def sparse_step(self, t: int) -> None:
-        """Choose if a period begins, descend, shrink the redundant operators, project, keep pruned ones at zero."""
+        """Choose if a period begins, descend, shrink and project redundant operators, keep pruned ones at zero."""
         self.observe(self.schedule.until_choice(t))
         if self.schedule.starts_period(t):
             self.choose_redundant(self.schedule.share(t))
@@ -119,7 +121,7 @@ class LHSPG(HESSO):
         self.zero_pruned_()
 
     def absorb_(self) -> None:
-        """Merge what adapters add for redundant atoms into the weights."""
+        """Merge the adapters' part of redundant atoms into the weights."""
         rows = [rows_of(own, REDUNDANT) for own in self._codes()]
         self.composed.absorb_(self.node_groups, rows, self.parameters())
 

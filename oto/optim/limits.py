@@ -1,4 +1,4 @@
-"""What node groups keep in any case: the least number of atoms, and what a kept count has to be a multiple of.
+"""The limits of node groups: the minimum number of atoms, and the number that a kept count must be a multiple of.
 
 Example: of 10 atoms with ``min_kept=3`` at least 3 are kept, and with ``align=4`` at least 4.
 """
@@ -25,9 +25,9 @@ FLOOR = 0.2
 
 
 def prunable(node_groups: Sequence[NodeGroup], min_kept: MinKept | None) -> tuple[NodeGroup, ...]:
-    """The node groups that may lose atoms, with the least that they keep.
+    """The node groups that may lose atoms, with their minimums.
 
-    A group that may lose none only because of ``min_kept`` stays among them, as costs are counted over them.
+    A group that may lose none only because of ``min_kept`` is included, since costs are functions of these groups.
 
     Raises:
         TargetError: ``min_kept`` is invalid.
@@ -41,7 +41,7 @@ def prunable(node_groups: Sequence[NodeGroup], min_kept: MinKept | None) -> tupl
 
 
 def align_of(options: ChoiceOptions) -> Align:
-    """What sizes of dimensions are to be multiples of, as the user stated it."""
+    """The option ``align``, 1 by default."""
     align = options.get("align")
     return 1 if align is None else align
 
@@ -49,7 +49,7 @@ def align_of(options: ChoiceOptions) -> Align:
 def divisors_of(
     node_groups: Sequence[NodeGroup], groups: Sequence[NodeGroup], options: ChoiceOptions, costs: Costs | None
 ) -> list[int]:
-    """What the kept count of each of ``groups`` has to be a multiple of, if it loses atoms.
+    """For each of ``groups``, the number that its kept count must be a multiple of if it loses atoms.
 
     Args:
         node_groups: All node groups of the model.
@@ -65,10 +65,9 @@ def divisors_of(
 
 
 def least_of(groups: Sequence[NodeGroup], divisors: Sequence[int], share: float = 0.0) -> Counts:
-    """The fewest atoms that each node group keeps, shape ``(groups,)``: ``min_kept``, and at least a share of them.
+    """The minimum number of atoms of each node group, shape ``(groups,)``: ``min_kept``, or a share if that is more.
 
-    A segment need not be kept. How many segments are kept follows from the sets that they belong to
-    (:func:`staying_of`).
+    Segments have no such minimum of their own; how many are kept depends on their sets (:func:`staying_of`).
     """
     least = [max(group.min_kept, int(np.ceil(share * group.size))) for group in groups]
     sized = zip(groups, least, divisors, strict=True)
@@ -77,11 +76,11 @@ def least_of(groups: Sequence[NodeGroup], divisors: Sequence[int], share: float 
 
 
 def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: NDArray[np.bool_]) -> Counts:
-    """The segments that have to stay, as counts, shape ``(groups,)``: the best that are left of each set.
+    """The segments that must stay, as counts, shape ``(groups,)``: the most important ones of each set.
 
     Args:
         scores: Importance of every atom, shape ``(N,)``.
-        left: Whether the atom is left, shape ``(N,)``.
+        left: Whether an atom is left, bool, shape ``(N,)``.
     """
     sets: dict[str, list[int]] = {}
     numbers: dict[str, int] = {}
@@ -105,7 +104,7 @@ def staying_of(groups: Sequence[NodeGroup], scores: NDArray[np.float64], left: N
 
 
 def _beside(groups: Sequence[NodeGroup]) -> list[list[int]]:
-    """For each node group the segments that go together with it, including itself."""
+    """For each node group, the indices of the segments that are removed together with it, including itself."""
     ties: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         if group.segment and group.tie is not None:
@@ -114,12 +113,12 @@ def _beside(groups: Sequence[NodeGroup]) -> list[list[int]]:
 
 
 def least_staying(groups: Sequence[NodeGroup], least: Counts, measure: Callable[[Counts], float]) -> Counts:
-    """``least`` with the cheapest segments that have to stay, shape ``(groups,)``: no choice leaves less.
+    """``least`` with the cheapest segments that must stay, shape ``(groups,)``: a lower bound of every choice.
 
-    Of several sets that share segments only the first counts, as one segment may be enough for all of them.
+    If several sets share segments, only the first counts, since one segment may be enough for all of them.
 
     Args:
-        least: The fewest atoms that each node group keeps; 0 for a segment.
+        least: The minimum number of atoms of each node group; 0 for a segment.
         measure: The cost of counts.
     """
     sets: dict[str, list[int]] = {}

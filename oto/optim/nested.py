@@ -1,8 +1,8 @@
-"""Choose what each member of a family keeps, from one ranking: the sets are nested, the largest first.
+"""Choose the atoms that each member of a family keeps, from one ranking, such that the sets are nested.
 
-The same scores are used for all targets. The largest member is chosen from all atoms, and each further one from what
-the member before it keeps, so ``K_1 > K_2 > ...`` holds by construction. A target in between can still be cut later: it
-keeps all of the next smaller member, and the best of the rest.
+The same scores are used for all targets. The largest member is chosen from all atoms, and each further one from the
+atoms of the member before it, so ``K_1 ⊇ K_2 ⊇ ...`` holds by construction. A member between two others can still be
+made later: it keeps all of the next smaller member, and the best of the rest.
 
 Example: of eight atoms, a member of size 6 keeps the six best by score and cost, and one of size 4 keeps four of these
 six.
@@ -35,10 +35,10 @@ class Nested:
 
     @classmethod
     def of(cls, choices: Sequence[Choice]) -> Nested:
-        """Check the targets, which are given from the largest to the smallest.
+        """Make the choices of a family, and check that the targets are given from the largest to the smallest.
 
         Raises:
-            TargetError: There is no target, one of them removes nothing, or those of one unit do not fall.
+            TargetError: There is no target, one of them removes nothing, or those of one unit do not decrease.
         """
         if not choices:
             raise TargetError("a family has no targets\n  to fix  such as targets=[0.75, 0.5, 0.25]")
@@ -62,14 +62,14 @@ class Nested:
 
     @property
     def smallest(self) -> Choice:
-        """The choice of the smallest member, which states the criteria for all."""
+        """The choice of the smallest member, whose criteria apply to all members."""
         return self.choices[-1]
 
     def levels(self, scores: Tensor) -> Tensor:
-        """How many members besides the full network keep each atom, uint8, shape ``(N,)``, on the CPU.
+        """The number of members besides the full network that keep each atom, uint8, shape ``(N,)``, on the CPU.
 
-        If the member before it already meets a target, both members keep the same atoms. That is a
-        :class:`NotPrunedWarning` and no error, as the training that was done by then must not be lost.
+        If a target is already met by the member before it, both members keep the same atoms. This gives a
+        :class:`NotPrunedWarning` and not an error, so that the training up to that step is not lost.
 
         Args:
             scores: Importance of every atom, shape ``(N,)``.
@@ -93,16 +93,16 @@ class Nested:
 
 
 def between(choice: Choice, scores: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """What one more member keeps, between two others, bool, shape ``(N,)``, on the CPU.
+    """The atoms that a new member between two others keeps, bool, shape ``(N,)``, on the CPU.
 
     Args:
-        choice: The choice with the target of this member.
+        choice: The choice with the target of the new member.
         scores: Importance of every atom, by which the members were ranked, shape ``(N,)``.
-        outer: What the next larger member keeps, bool, shape ``(N,)``; the new one keeps nothing else.
-        inner: What the next smaller member keeps, which the new one keeps, too; all ``False`` if there is none.
+        outer: The atoms of the next larger member, bool, shape ``(N,)``; the new one keeps a subset of these.
+        inner: The atoms of the next smaller member, all of which the new one keeps; all ``False`` if there is none.
 
     Raises:
-        TargetError: The target does not lie between the two, or no width does.
+        TargetError: The target does not lie between the two, or there is no other width between them.
     """
     sizes = choice.sizes
     floor: Counts = _counts(inner, sizes)
@@ -114,7 +114,7 @@ def between(choice: Choice, scores: Tensor, outer: Tensor, inner: Tensor) -> Ten
             f"{choice.target}: not between {choice.target.measure(_counts(outer, sizes)):,.6g} and {kept_least:,.6g}\n"
             "  effect  no member was cut\n  to fix  ask for a target that no member of the family has yet"
         )
-    kept: Tensor = outer & ~choice.select(scores, outer)  # in each group the smaller member has the best of them
+    kept: Tensor = outer & ~choice.select(scores, outer)  # the smaller member has the best atoms of each group
     assert bool((kept >= inner).all()), "members are nested"
     if torch.equal(kept, inner):
         raise TargetError(

@@ -1,12 +1,12 @@
 """The options of sparse optimizers, each defined once, for readers, IDEs and type checkers.
 
-A paper's optimizer takes them as ``**options: Unpack[HESSOOptions]``; one with options of its own extends
+An optimizer takes them as ``**options: Unpack[HESSOOptions]``; one with additional options extends
 :class:`SparseOptions`::
 
     class MyOptions(SparseOptions, total=False):
         epsilon: float
 
-What each of them means is documented at :class:`oto.optim.HESSO`; :mod:`oto.optim.setup` reads them.
+Their meaning is documented here or in :class:`oto.optim.HESSO`; :mod:`oto.optim.setup` reads them.
 """
 
 from __future__ import annotations
@@ -40,49 +40,50 @@ class TargetOptions(TypedDict, total=False):
 
 
 class RenamedOptions(TypedDict, total=False):
-    """Former names, which still work."""
+    """Former names of options, which are still accepted."""
 
     normalise: str | None
 
 
 class ChoiceOptions(RenamedOptions, total=False):
-    """Which atoms go."""
+    """How the atoms to remove are chosen."""
 
     scope: Literal["global", "local"]
     """``"global"``: all node groups are compared; ``"local"``: all lose the same share of their atoms."""
     min_kept: MinKept | None
-    """The atoms that every node group keeps at least: a number (int), a share of its atoms (float), or a mapping from
-    names or globs of parameters to either. By default, and for groups that the mapping does not name, a fifth as far as
-    the target allows."""
+    """The minimum number of atoms that every node group keeps: an int; a float, as a share of its atoms; or a mapping
+    from names or globs of parameters to either. By default, and for groups that the mapping does not name, one fifth,
+    unless the target cannot be met otherwise."""
     group_divisible: int
     """A node group that loses atoms keeps a multiple of this many *atoms*, such as channels or heads."""
     align: Align | None
-    """A dimension of a weight that gets smaller keeps a *size* (heads times their width) that is a multiple of this:
-    one number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows of 32), ``"gguf-k"``
-    (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8). Heads are free if their width is
-    such a multiple already. By default 1; ``OTO`` takes 8 if the parameters are on a CUDA device."""
+    """The *size* (heads times their width) of a weight's dimension that is pruned remains a multiple of this: one
+    number for all; a mapping from names or globs of parameters to numbers; or ``"gguf"`` (rows of 32), ``"gguf-k"``
+    (rows of 256), ``"marlin"`` (rows of 128, other dimensions of 64), ``"cuda"`` (8). If the head width is such a
+    multiple already, the number of heads is not constrained. By default 1; ``OTO`` uses 8 if the parameters are on a
+    CUDA device."""
     saliency: Weights | str | Saliency | None
     """Name of a criterion, a function (see :data:`oto.optim.Saliency`), or a mapping from these to weights.
-    ``"hesso"`` stands for everything that HESSO does as published: five criteria of a single batch, each divided by its
-    norm over all groups, regardless of costs and of the width of a layer. ``"dhspg"`` stands for the two criteria of
-    DHSPG, likewise."""
+    ``"hesso"`` selects the published choice of HESSO: five criteria of a single batch, each divided by its norm over
+    all groups, regardless of costs and of the width of a layer. ``"dhspg"`` does the same with the two criteria of
+    DHSPG."""
     normalize: str | None
     """What a criterion is divided by, a key of :data:`oto.optim.saliency.NORMALIZE`. By default nothing if ``saliency``
     is in the unit of the loss, as the two Taylor terms are; otherwise its mean over each node group."""
     within: str | Saliency | None
-    """If given, importance is distributed in all node groups by this criterion; with ``"none"`` each atom has the score
-    that was measured for it. By default ``"path_norm"`` in groups that a convolution over images reads, if ``saliency``
+    """The criterion by which the importance of each node group is distributed among its atoms; with ``"none"``, each
+    atom keeps its own score. By default ``"path_norm"`` in groups that a convolution over images reads, if ``saliency``
     is not given; otherwise ``"none"``."""
     by_cost: float | None
-    """How much the cost counts that an atom saves: the exponent in its price (:mod:`oto.optim.select`). By default 1 if
-    ``saliency`` is in the unit of the loss; otherwise 0, since a magnitude per MAC empties parallel layers."""
+    """How much the cost that an atom saves counts: the exponent in its price (:mod:`oto.optim.select`). By default 1 if
+    ``saliency`` is in the unit of the loss; otherwise 0, since dividing a magnitude by MACs empties parallel layers."""
     average_steps: int | None
-    """Over how many steps before a choice criteria that use gradients are averaged; by default 32, and 1 for
+    """Number of steps before a choice over which criteria that use gradients are averaged; by default 32, and 1 for
     ``saliency="hesso"`` and ``"dhspg"``."""
 
 
 class ScheduleOptions(TypedDict, total=False):
-    """When they go."""
+    """When atoms are removed."""
 
     start_pruning_step: Steps
     pruning_steps: Steps
@@ -92,7 +93,7 @@ class ScheduleOptions(TypedDict, total=False):
 
 
 class FoldOptions(TypedDict, total=False):
-    """How remaining atoms take over what pruned ones carried; see :mod:`oto.optim.fold`."""
+    """How the remaining atoms compensate for pruned ones; see :mod:`oto.optim.fold`."""
 
     compensate: Literal["affine", "ridge", "bias"] | None
     batches: Iterable[Any] | None
@@ -114,7 +115,7 @@ class WrappedOptions(TypedDict, total=False):
 
 
 class TorchOptions(TypedDict, total=False):
-    """Further keywords of the optimizers in ``torch.optim``; each of those has some of them."""
+    """Further keywords of the optimizers in ``torch.optim``; each optimizer takes some of them."""
 
     adjust_lr_fn: str | None
     alpha: float
@@ -149,11 +150,11 @@ class BaseOptions(WrappedOptions, TorchOptions, total=False):
 
 
 class PreviewOptions(TargetOptions, ChoiceOptions, total=False):
-    """What a choice without training goes by."""
+    """Options of a choice without training."""
 
 
 class SparseOptions(TargetOptions, ChoiceOptions, ScheduleOptions, FoldOptions, BaseOptions, total=False):
-    """What every sparse optimizer takes."""
+    """Options that every sparse optimizer takes."""
 
 
 class HESSOOptions(SparseOptions, total=False):
@@ -161,7 +162,7 @@ class HESSOOptions(SparseOptions, total=False):
 
 
 class CycleOptions(TypedDict, total=False):
-    """How groups are walked to zero before any is given up."""
+    """How groups are scaled to zero and back before any is removed."""
 
     sampling_steps: Steps
     max_cycles: int
@@ -174,7 +175,7 @@ class HESSOCRICOptions(HESSOOptions, CycleOptions, total=False):
 
 
 class ProjectionOptions(TypedDict, total=False):
-    """When groups are at zero for good."""
+    """When groups are projected to zero."""
 
     epsilon: float | Mapping[str, float] | None
     half_space_step: Steps | None
@@ -185,7 +186,7 @@ class HalfSpaceOptions(SparseOptions, ProjectionOptions, total=False):
 
 
 class PenaltyOptions(TypedDict, total=False):
-    """What all groups are penalized by."""
+    """How all groups are penalized."""
 
     lmbda: float | Callable[[int], float] | None
     upper_group_sparsity: float | None
@@ -196,7 +197,7 @@ class HSPGOptions(HalfSpaceOptions, PenaltyOptions, total=False):
 
 
 class ChosenOptions(TypedDict, total=False):
-    """What the groups that are to go are penalized by, and from when."""
+    """How the groups to remove are penalized, and from which step."""
 
     lmbda: float | None
     lmbda_amplify: float | None
@@ -206,7 +207,7 @@ class ChosenOptions(TypedDict, total=False):
 
 
 class PartitionOptions(ChosenOptions, total=False):
-    """Which groups are penalized, and by what."""
+    """Which groups are penalized, and how."""
 
     tolerance_group_sparsity: float | None
 
@@ -216,7 +217,7 @@ class DHSPGOptions(HalfSpaceOptions, PartitionOptions, total=False):
 
 
 class SearchOptions(TypedDict, total=False):
-    """What goes, in H2SPG as published."""
+    """The target of H2SPG as published."""
 
     target_segments: int | None
 
@@ -226,7 +227,7 @@ class H2SPGOptions(HalfSpaceOptions, ChosenOptions, SearchOptions, total=False):
 
 
 class OperatorOptions(TypedDict, total=False):
-    """When a weight with its adapter is at zero for good."""
+    """When a weight with its adapter is projected to zero."""
 
     epsilon: float
 
@@ -254,7 +255,7 @@ class FamilyOptions(SandwichOptions, ChoiceOptions, BaseOptions, total=False):
 
 
 def names_of(options: type) -> frozenset[str]:
-    """The options in a ``TypedDict``.
+    """The names of the options in a ``TypedDict``.
 
     >>> sorted(names_of(HESSOCRICOptions) - names_of(HESSOOptions))
     ['max_cycles', 'sampling_steps', 'sensitivity', 'tolerance']
@@ -284,7 +285,7 @@ def picked(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def besides(options: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
-    """The options that are in none of these."""
+    """The options that are in none of these ``TypedDict`` classes."""
     return {name: value for name, value in options.items() if not any(name in names_of(kind) for kind in kinds)}
 
 
@@ -296,18 +297,19 @@ ELSEWHERE = {
     "memory": ("target_bytes", "the memory of parameters and buffers"),
     "size": ("target_bytes", "the memory of parameters and buffers"),
 }
-"""What other libraries call our options: for each word the option, and what it counts."""
+"""Names that other libraries use for our options: for each word, the option and what it measures."""
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str) -> None:
-    """Refuse options that nothing takes, before anything is said about the others.
+    """Raise an error for options that are not known; called before the values of others are checked.
 
     Args:
-        known: The options that are taken by what is called ``name``. If it wraps an optimizer, the keywords of that one
-            are known too; those of torch's other optimizers are not.
+        known: The options that the callable takes. If it wraps an optimizer, the keywords of that optimizer are added,
+            and those of torch's other optimizers are removed.
+        name: The name of the callable, for the message.
 
     Raises:
-        OptionError: There are some; it names them, and the option that is nearest.
+        OptionError: There are unknown options; the message names them, and a similar known one.
     """
     inner = _takes(options) if "variant" in known else {}
     if inner is None:
@@ -324,7 +326,7 @@ def refuse_unknown(options: Mapping[str, Any], known: Collection[str], name: str
 
 
 def _meant(unknown: str, known: Collection[str]) -> str:
-    """What to suggest instead of an unknown option.
+    """A suggestion for a message about an unknown option.
 
     >>> _meant("target_flops", ["target_macs"])
     'target_macs= is meant: two FLOPs are one MAC, so a share of them is the same number'
@@ -343,7 +345,7 @@ def _inner(options: Mapping[str, Any]) -> Any:
 
 
 def _takes(options: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The keywords of the wrapped optimizer; ``None`` if it takes any, or if ``build`` has to say what is wrong."""
+    """The keywords of the wrapped optimizer; ``None`` if it takes any, or if ``build`` reports the error."""
     inner = _inner(options)
     if inner is None or isinstance(inner, Optimizer):
         return None

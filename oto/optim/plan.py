@@ -1,4 +1,4 @@
-"""Which entries a step writes: views into parameters, and the rows of redundant and pruned atoms.
+"""Plan the writes of a step: views into parameters, and the rows of redundant and pruned atoms.
 
 plan = Plan.of(groups, codes, parameters, quiet)
 plan.scale_redundant_(0.5)
@@ -16,20 +16,20 @@ from oto.groups.node_group import NodeGroup
 from oto.optim.entries import Place, Rows, any_entry, scale_, zero_
 
 FREE, REDUNDANT, PRUNED = 0, 1, 2
-"""The state of an atom: not chosen; chosen and on its way to zero; at zero for good."""
+"""The state of an atom: not chosen; chosen and being driven to zero; at zero permanently."""
 
 HEAL_STEPS = 64
-"""Resting entries are rewritten once in this many steps, a few tensors at a time."""
+"""Resting entries are rewritten once in this many steps, some of the tensors at each step."""
 
 
 @dataclass
 class Plan:
-    """What a step writes.
+    """The entries that a step writes.
 
     Attributes:
         redundant: Entries to scale.
         pruned: Entries to zero at every step.
-        resting: Entries of quiet node groups, which stay at zero by themselves.
+        resting: Entries of quiet node groups, which stay at zero without being written.
         watched: A few entries of each quiet node group, such as a bias. If one of them moves, no group counts as quiet.
         fresh: Whether nothing has been written yet.
     """
@@ -48,13 +48,13 @@ class Plan:
         parameters: Mapping[str, Tensor],
         quiet: Sequence[bool],
     ) -> Plan:
-        """Look up the views and rows.
+        """Make the plan for the current states of atoms.
 
         Args:
             groups: Node groups.
-            codes: For each the state of its atoms, uint8, shape ``(size,)``, on the CPU.
+            codes: For each group, the state of its atoms, uint8, shape ``(size,)``, on the CPU.
             parameters: Parameters by name. Constants that a group names are not among them, and are never written.
-            quiet: For each group, whether its pruned entries stay at zero by themselves.
+            quiet: For each group, whether its pruned entries stay at zero without being written.
         """
         plan = cls()
         redundant = [rows_of(own, REDUNDANT) for own in codes]
@@ -71,7 +71,7 @@ class Plan:
         return plan
 
     def moved(self) -> bool:
-        """Whether a watched entry has moved that should have stayed at zero. CPU only."""
+        """Whether a watched entry is no longer zero. All watched entries are on the CPU."""
         if self.fresh or not self.watched:
             return False
         return any_entry(self.watched)
@@ -86,5 +86,5 @@ class Plan:
 
 
 def rows_of(codes: Tensor, code: int) -> Tensor:
-    """The atoms in this state, sorted int64 indices."""
+    """The atoms in state ``code``, sorted int64 indices."""
     return (codes == code).nonzero()[:, 0]

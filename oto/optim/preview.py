@@ -1,4 +1,4 @@
-"""The choice that would be made now, without training."""
+"""Compute the choice that would be made now, without training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def kept_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> dict[str, int]:
-    """How many atoms of each node group a choice would leave now; see :func:`left_now`."""
+    """The number of atoms of each node group that a choice would keep now; see :func:`left_now`."""
     return choice.counts(left_now(choice, model, batches, loss))
 
 
 def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> Tensor:
-    """Which atoms a choice would leave now, if it were made in one go: bool, shape ``(N,)``.
+    """Which atoms a choice would keep now, if it were made in a single period: bool, shape ``(N,)``.
 
     Args:
-        model: Its gradients and buffers are written to.
-        batches: Data over which criteria that use gradients are averaged.
+        model: The model; its gradients and buffers are changed.
+        batches: Data over which criteria that use gradients are summed.
         loss: Needed if there are batches.
 
     Raises:
-        NoGradientError: The choice goes by gradients, and the loss has none.
-        NonFiniteParameterError: As in :func:`left_by`.
+        OptionError: There are batches without a loss, or the loss is not a tensor with one element.
+        NoGradientError: The loss, or all prunable parameters, have no gradient, which the choice needs.
+        NonFiniteParameterError, TargetError: As in :func:`left_by`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -76,10 +77,15 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
 
 
 def left_by(choice: Choice, entries: Sequence[Entries], averages: Mapping[Saliency, Tensor]) -> Tensor:
-    """Which atoms a choice would leave, bool, shape ``(N,)``; ``averages`` as in :meth:`Choice.scores`.
+    """Which atoms a choice would keep, bool, shape ``(N,)``.
+
+    Args:
+        choice: The choice.
+        entries, averages: As in :meth:`Choice.scores`.
 
     Raises:
-        NonFiniteParameterError: A weight, or what was measured on batches, is NaN or infinite.
+        NonFiniteParameterError: A weight, or a criterion measured on batches, is NaN or infinite.
+        TargetError: The target is missed by more than 1 % of the full cost because widths have to be multiples.
     """
     alive = torch.ones(sum(choice.sizes), dtype=torch.bool)
     scores = choice.scores(entries, alive, averages)

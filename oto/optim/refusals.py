@@ -1,4 +1,4 @@
-"""Conditions under which a sparse optimizer refuses to continue; each message says where, the effect and the remedy."""
+"""Checks that sparse optimizers make before they continue; each message states the place, effect and remedy."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from oto.shards import added_up, any_sharded, local
 
 
 def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse an optimizer that lacks a parameter, or has one that is not finite.
+    """Check that an optimizer has all parameters of the node groups, and that all its parameters are finite.
 
     Raises:
-        UnknownParameterError: A prunable node group names one that is missing.
-        NonFiniteParameterError: One holds NaN or infinity.
+        UnknownParameterError: A prunable node group names a parameter that is missing.
+        NonFiniteParameterError: A parameter holds NaN or infinity.
     """
     for group in groups:
         missing = [piece.parameter for piece in group.zeros if piece.parameter not in parameters]
@@ -54,14 +54,16 @@ def require_parameters(groups: Iterable[NodeGroup], parameters: Mapping[str, Ten
 
 
 def require_own_state(state: Mapping[Any, Any], parameters: Mapping[str, Tensor], kind: str) -> None:
-    """Refuse state that is of other parameters than the present ones, as that is which an optimizer fills before
-    accelerate shards the model (``fsdp_version: 2``) and puts other parameters into ``param_groups``.
+    """Check that an optimizer has no state of tensors that are no longer its parameters.
+
+    This happens if the state is filled before accelerate shards the model (``fsdp_version: 2``), which replaces the
+    parameters in ``param_groups``.
 
     Args:
-        kind: The wrapped optimizer's class.
+        kind: The class name of the wrapped optimizer.
 
     Raises:
-        ModelChangedError: There is some.
+        ModelChangedError: There is such state.
     """
     own = set(parameters.values())
     stale = sum(isinstance(key, Tensor) and bool(held) and key not in own for key, held in state.items())
@@ -75,7 +77,7 @@ def require_own_state(state: Mapping[Any, Any], parameters: Mapping[str, Tensor]
 
 
 def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse sparse gradients, of which saliency would not see every entry.
+    """Check that no gradient is sparse, since saliency needs all entries.
 
     Raises:
         OTOError: The gradient of a node group's parameter is sparse.
@@ -91,8 +93,10 @@ def refuse_sparse_gradients(groups: Iterable[NodeGroup], parameters: Mapping[str
 
 
 def any_entry_of(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether any gradient has an entry that is not zero. Synchronizes; communicates if they are spread over processes.
-    Others are read one by one until such an entry is found."""
+    """Whether any gradient has a nonzero entry. Synchronizes; communicates if gradients are sharded over processes.
+
+    Gradients that are not sharded are read one by one until a nonzero entry is found.
+    """
     there = [own for own in gradients if own is not None]
     if not any_sharded(there):
         return any(bool(own.any()) for own in there)
@@ -100,10 +104,10 @@ def any_entry_of(gradients: Iterable[Tensor | None]) -> bool:
 
 
 def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequence[Entries], step: int | None) -> None:
-    """Refuse to choose by scores that are not finite. Synchronizes.
+    """Check that all scores are finite before a choice. Synchronizes.
 
     Args:
-        step: The step of training that chooses; ``None`` where nothing is trained.
+        step: The step of training that chooses; ``None`` if nothing is trained.
 
     Raises:
         NonFiniteParameterError: A score is NaN or infinite.
@@ -123,10 +127,10 @@ def require_finite(scores: Tensor, groups: Iterable[NodeGroup], entries: Sequenc
 
 
 def require_loss(loss: Any) -> None:
-    """Refuse what ``loss(model, batch)`` gives if it is no tensor of one number.
+    """Check that the result of ``loss(model, batch)`` is a tensor with one element.
 
     Raises:
-        OptionError: It is something else.
+        OptionError: It is not.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return
@@ -145,18 +149,18 @@ def require_gradients(
     averages: Mapping[Saliency, Tensor],
     remedy: str,
 ) -> None:
-    """Refuse to choose by gradients if there are none; warn of node groups that no gradient reaches.
+    """Check that there are gradients before a choice by gradients; warn about node groups that no gradient reaches.
 
     Synchronizes, so only steps that choose call it.
 
     Args:
-        entries: The entries of every node group, with the present gradients.
-        alive: Whether an atom is still unpruned, and costs anything, bool, shape ``(N,)``.
+        entries: The entries of every node group, with the current gradients.
+        alive: Whether an atom is unpruned and has a cost, bool, shape ``(N,)``.
         averages: All criteria that use gradients, shape ``(N,)`` each.
-        remedy: What to do if there are no gradients at all.
+        remedy: What to do if there are no gradients at all, for the message.
 
     Raises:
-        NoGradientError: No such criterion tells any two atoms of a node group apart, and every gradient is zero.
+        NoGradientError: No such criterion distinguishes any two atoms of a node group, and every gradient is zero.
     """
     if not averages:
         return
@@ -184,7 +188,7 @@ def require_gradients(
 
 
 def tell_of_no_gradient(remedy: str) -> None:
-    """Warn that groups are chosen by weights that nothing trains."""
+    """Warn that groups are chosen by weights that are not being trained."""
     warnings.warn(
         "every gradient of the prunable groups is zero or missing\n"
         "  effect  groups are chosen by weights that no step trains\n"

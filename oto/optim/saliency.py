@@ -1,19 +1,19 @@
-"""How much a zero-invariant group (ZIG) matters: the criteria of HESSO (arXiv 2409.09085, section 3), made comparable.
+"""The importance of zero-invariant groups (ZIGs): the criteria of HESSO (arXiv 2409.09085, section 3), made comparable.
 
 A criterion maps the entries of one node group to one score per atom, vectorized over the atoms; higher is kept. The
-entries are those of the group's ``zeros`` slices, which is what pruning sets to zero. The gradient is ``p.grad`` as
-the optimizer finds it (with the sign turned under ``maximize``): unscaled, clipped if the user clipped it, without
+entries are those of the group's ``zeros`` slices, which pruning sets to zero. The gradient is ``p.grad`` at the time of
+the optimizer's step (with the opposite sign under ``maximize``): unscaled, clipped if the user clipped it, without
 weight decay and without momentum.
 
 Where we differ from the released code:
 
-* **Sign of the cosine.** Released HESSO scores ``cos(x, g) + 1`` and prunes the lowest, so it keeps the very groups
-  that descent already shrinks (``<x, g> > 0``). OTOv2's optimizer does the opposite, and so do we: ``1 - cos(x, g)``.
+* **Sign of the cosine.** Released HESSO scores ``cos(x, g) + 1`` and prunes the lowest, so it keeps the groups that
+  descent already shrinks (``<x, g> > 0``). OTOv2's optimizer does the opposite, and so do we: ``1 - cos(x, g)``.
 * **Gradient.** Released code uses the direction of its own Adam, which a wrapped optimizer does not expose; the plain
-  gradient works with any.
-* **Norms.** What a criterion is divided by is an option (:data:`NORMALIZE`), and counts only atoms that are alive.
-  Released code divides by the L2 norm over all atoms there ever were; ``normalize="all"`` counts those alive.
-* **Averages.** Criteria that use gradients are averaged over the steps before a choice: one batch is noise.
+  gradient is available with any optimizer.
+* **Norms.** The divisor of a criterion is an option (:data:`NORMALIZE`), computed from unpruned atoms only. Released
+  code divides by the L2 norm over all atoms, pruned ones included; ``normalize="all"`` uses that of unpruned ones.
+* **Averages.** Criteria that use gradients are averaged over the steps before a choice, since one batch is too noisy.
 * **Precision.** Sums are accumulated in float32 at least, also for parameters in half precision.
 """
 
@@ -33,14 +33,14 @@ from oto.optim.entries import dot, sent, sq_norm
 
 @dataclass(frozen=True)
 class Entries:
-    """The numbers of one node group that a criterion may look at.
+    """The entries of one node group that a criterion may use.
 
     Attributes:
         weights: One view per ``zeros`` slice, shape ``(size, *rest)``; row ``a`` belongs to atom ``a``.
         gradients: The same views of the gradients; ``None`` where a parameter has none.
-        readers: One view per slice that reads an atom rather than writes it, such as the columns of the next layer.
+        readers: One view per weight slice that reads the atoms, such as the columns of the next layer.
         convolved: Whether a convolution over two or more dimensions reads the atoms.
-        segment: Whether it is a segment. Segments are compared with each other, atoms with those of their group.
+        segment: Whether the node group is a segment. Segments are compared with each other, atoms within their group.
     """
 
     weights: Sequence[Tensor]
@@ -51,12 +51,12 @@ class Entries:
 
     @classmethod
     def of(cls, group: NodeGroup, parameters: Mapping[str, Tensor], maximized: Container[str] = ()) -> Entries:
-        """The entries of a node group, with the direction of steepest ascent of the objective.
+        """The entries of a node group, with their gradients.
 
         Args:
-            maximized: Parameters whose objective is maximized, so that their gradients change sign.
+            maximized: Names of parameters with ``maximize=True``, whose gradients change sign.
         """
-        if not group.size:  # it went with a segment
+        if not group.size:  # it was removed with a segment
             return cls([torch.empty(0, 1)], [None], segment=group.segment)
         weights, gradients = [], []
         for piece in group.zeros:
@@ -72,17 +72,17 @@ class Entries:
 
     @property
     def size(self) -> int:
-        """Atoms of the node group."""
+        """Number of atoms of the node group."""
         return len(self.weights[0])
 
     @property
     def has_gradient(self) -> bool:
-        """Whether a gradient has an entry that is not zero. Synchronizes."""
+        """Whether a gradient has a nonzero entry. Synchronizes."""
         return any(bool(own.any()) for own in self.gradients if own is not None)
 
     @property
     def count(self) -> int:
-        """Entries of one atom."""
+        """Number of entries of one atom."""
         return sum(weight[0].numel() for weight in self.weights)
 
     @cached_property
@@ -111,7 +111,7 @@ class Entries:
 
 
 def any_gradient(groups: Iterable[Entries]) -> bool:
-    """Whether a gradient of any node group has an entry that is not zero. Synchronizes."""
+    """Whether a gradient of any node group has a nonzero entry. Synchronizes."""
     return any(entries.has_gradient for entries in groups)
 
 
@@ -121,12 +121,12 @@ Higher is kept; the sign may be any."""
 
 
 def magnitude(entries: Entries) -> Tensor:
-    """``||x_g||``."""
+    """``||x_g||``, the L2 norm of the atom."""
     return entries.weight_sq.sqrt()
 
 
 def avg_magnitude(entries: Entries) -> Tensor:
-    """``||x_g|| / |g|``: fair to groups with few entries."""
+    """``||x_g|| / |g|``, with ``|g|`` the number of entries of an atom."""
     return entries.weight_sq.sqrt() / entries.count
 
 
@@ -145,7 +145,7 @@ def cosine_similarity(entries: Entries) -> Tensor:
 
 
 def taylor_first_order(entries: Entries) -> Tensor:
-    """``|<x_g, g_g>|``: first-order change of the loss when the group goes."""
+    """``|<x_g, g_g>|``: the first-order change of the loss if the group is removed."""
     return entries.dot.abs()
 
 
@@ -167,7 +167,7 @@ PUBLISHED: Weights = {name: 0.2 for name in CRITERIA if name != "path_norm"}
 
 
 def angle(entries: Entries) -> Tensor:
-    """``-cos(x_g, g_g)``, in [-1, 1]: low where descent shrinks the group already (DHSPG)."""
+    """``-cos(x_g, g_g)``, in [-1, 1]: low where descent already shrinks the group (DHSPG)."""
     return cosine_similarity(entries) - 1
 
 
@@ -180,7 +180,7 @@ AS_PUBLISHED: dict[str, Weights] = {"hesso": PUBLISHED, "dhspg": {angle: 0.5, in
 """The scores of a paper: criteria of one batch, each divided by its norm over all groups."""
 
 FROM_WEIGHTS: tuple[Saliency, ...] = (magnitude, avg_magnitude, path_norm, inverse_magnitude)
-"""Criteria that use no gradient, so there is nothing to average."""
+"""Criteria that use no gradient, so they are not averaged over steps."""
 
 OF_THE_LOSS: tuple[Saliency, ...] = (taylor_first_order, taylor_second_order)
 """Criteria in the unit of the loss, which can be compared between layers and divided by a cost."""
@@ -192,7 +192,7 @@ NORMALIZE = {
     "all": "its L2 norm over the atoms of all node groups",
     "none": "nothing",
 }
-"""What a criterion may be divided by; atoms at zero for good do not count."""
+"""What a criterion may be divided by; pruned atoms do not count."""
 
 
 WITHIN_GROUPS = ("mean", "max", "norm")
@@ -200,7 +200,7 @@ WITHIN_GROUPS = ("mean", "max", "norm")
 
 
 def resolve(weights: Weights | str | Saliency) -> list[tuple[Saliency, float]]:
-    """The criteria as functions, in the given order. The name of a paper stands for its criteria.
+    """The criteria as functions with their weights, in the given order. The name of a paper gives its criteria.
 
     Raises:
         TargetError: A name is unknown, or all weights are zero.
@@ -223,13 +223,16 @@ def name_of(criterion: Saliency) -> str:
 
 
 def raw_scores(groups: Sequence[Entries], criterion: Saliency, device: torch.device) -> Tensor:
-    """A criterion for every atom, node group after node group, float32 at least, shape ``(N,)``."""
+    """The values of a criterion for every atom, node group after node group, float32 at least, shape ``(N,)``."""
     raw = torch.cat([sent(criterion(entries), device) for entries in groups if entries.size])
     return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
 def compared(groups: Sequence[Entries]) -> list[int]:
-    """Atoms of each node group; neighboring segments count as one group, since alone each would be its own average."""
+    """The number of atoms of each node group, with neighboring segments counted as one group.
+
+    A segment has one atom, so alone it would be normalized by itself.
+    """
     sizes: list[int] = []
     for i, entries in enumerate(groups):
         if entries.segment and i and groups[i - 1].segment:
@@ -248,11 +251,11 @@ def importance(
         raw: Each criterion for every atom, shape ``(N,)``.
         weights: Their weights.
         alive: Whether an atom is still unpruned, bool, shape ``(N,)``: node group after node group.
-        sizes: Atoms of each node group.
+        sizes: Number of atoms of each node group.
         normalize: A key of :data:`NORMALIZE`.
 
     Returns:
-        Shape ``(N,)``; meaningless where an atom is not alive.
+        Shape ``(N,)``; the values of pruned atoms are undefined.
     """
     total = torch.zeros_like(raw[0])
     for values, weight in zip(raw, weights, strict=True):
@@ -273,12 +276,12 @@ def importance(
 
 
 def indistinct(raw: Sequence[Tensor], alive: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Which node groups have at least two atoms and no criterion that distinguishes them: bool, shape ``(groups,)``.
+    """Which node groups have at least two unpruned atoms that no criterion distinguishes: bool, shape ``(groups,)``.
 
     Args:
         raw: Each criterion for every atom, shape ``(N,)``.
         alive: Whether an atom is still unpruned, bool, shape ``(N,)``.
-        sizes: Atoms of each node group.
+        sizes: Number of atoms of each node group.
 
     >>> indistinct([torch.tensor([0.0, 0.0, 3.0, 1.0, 2.0])], torch.tensor([True, True, False, True, True]), [3, 2])
     tensor([ True, False])

@@ -1,4 +1,4 @@
-"""When a sparse optimizer prunes: plain integers, no tensors.
+"""The schedule of a sparse optimizer, in plain integers without tensors.
 
 Steps are calls of ``optimizer.step()``, counted from 0. With gradient accumulation that is one step per update, not
 per micro-batch, and a call that a ``GradScaler`` skips does not count.
@@ -15,10 +15,10 @@ from oto.errors import TargetError
 from oto.optim.target import shown
 
 START, LENGTH, PERIODS, EXPONENT = 0.01, 0.4, 5, 3.0
-"""When to prune by default: shares of all steps, the number of choices, and how early the first ones prune."""
+"""Defaults: start and length of pruning as shares of all steps, the number of periods, and the exponent."""
 
 SHARES = ("start_pruning_step", "pruning_steps", "sampling_steps", "half_space_step", "partition_step", "warm_up_steps")
-"""Options that are numbers of steps, or shares of all steps."""
+"""Options that are a number of steps, or a share of all steps."""
 
 Steps = SupportsFloat | SupportsIndex
 """A number of steps: an int (of Python, numpy or torch), or a float that is a share."""
@@ -26,18 +26,19 @@ Steps = SupportsFloat | SupportsIndex
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps ``start`` to ``start + steps - 1`` prune, in ``periods`` periods of (nearly) equal length.
+    """The steps that prune: ``start`` to ``start + steps - 1``, in ``periods`` periods of (nearly) equal length.
 
     Attributes:
         start: Number of ordinary steps before the first period.
         steps: Number of steps over which pruning is spread, at least ``periods``.
         periods: Number of times that redundant groups are chosen.
         total_steps: Number of steps that training takes, if it is known.
-        exponent: After ``k`` periods, ``1 - (1 - k / periods) ^ exponent`` of the way is done. 1 is even; 3 is the
-            schedule of Zhu and Gupta (arXiv 1710.01878, equation 1).
+        exponent: After ``k`` periods, ``1 - (1 - k / periods) ^ exponent`` of the total cost reduction is done. 1 is
+            even; 3 is the schedule of Zhu and Gupta (arXiv 1710.01878, equation 1).
 
     Raises:
-        TargetError: A number is no whole number, a period would have no step, or pruning would outlast training.
+        TargetError: A number is invalid or not an integer, a period would have no step, or pruning would outlast
+            training.
 
     Example:
         >>> schedule = Schedule(start=2, steps=5, periods=2)  # two periods: steps 2, 3 and steps 4, 5, 6
@@ -67,12 +68,12 @@ class Schedule:
         Args:
             start: Number of ordinary steps before pruning; a float in [0, 1] is a share of ``total_steps``.
             steps: Number of steps over which pruning is spread; a float in [0, 1] is a share of ``total_steps``.
-            periods: Number of times that redundant groups are chosen; ``None``: 5, or as many as there are steps.
+            periods: Number of times that redundant groups are chosen; by default 5, or the number of steps if fewer.
             total_steps: Number of steps that training takes; only shares need it.
             exponent: As for the class.
 
         Raises:
-            TargetError: As for the class itself, or a share comes without ``total_steps``.
+            TargetError: As for the class, or a share is given without ``total_steps``.
 
         Example:
             >>> print(Schedule.of(0.1, 0.4, periods=5, total_steps=1000))
@@ -84,7 +85,7 @@ class Schedule:
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 never exceed all steps
-        if float(length).is_integer():  # of 13.5 and 14.5, round() makes 14 and 14
+        if float(length).is_integer():  # round() rounds both 13.5 and 14.5 to 14
             end = begin + round(length)
         if 0 < first < 1 < end:  # a share of a few steps is at least one
             begin = 1
@@ -125,7 +126,7 @@ class Schedule:
             )
 
     def _shorter(self, total: int) -> str:
-        """What to ask for, so that pruning ends before training does."""
+        """Options with which pruning ends before training does, for a message."""
         left = total - self.start
         ways = [f"start_pruning_step={total - self.steps} or less"] if self.steps <= total else []
         ways += [f"pruning_steps={left} or fewer"] if left >= self.periods else []
@@ -135,11 +136,11 @@ class Schedule:
         return "\n".join(self.lines())
 
     def lines(self, before: Sequence[tuple[int, int, str]] = ()) -> list[str]:
-        """What happens at which step.
+        """Lines of text about what happens at which step.
 
         Args:
-            before: What happens before the first period, if not only ordinary steps: for each part its first step, the
-                step after its last one, and a text.
+            before: The parts before the first period, if these are not only ordinary steps: for each part its first
+                step, the step after its last one, and a text.
         """
         bounds = [self.bounds(period) for period in range(self.periods)]
         lengths = sorted({end - first for first, end in bounds})
@@ -167,7 +168,7 @@ class Schedule:
         return self.start + self.steps
 
     def bounds(self, period: int) -> tuple[int, int]:
-        """First step of ``period`` and first step after it."""
+        """The first step of ``period``, and the first step after it."""
         return (
             self.start + period * self.steps // self.periods,
             self.start + (period + 1) * self.steps // self.periods,
@@ -190,7 +191,7 @@ class Schedule:
         return period is not None and step == self.bounds(period)[1] - 1
 
     def factor(self, step: int) -> float:
-        """Factor applied to redundant groups at ``step``; 1 outside of pruning.
+        """The factor that is applied to redundant groups at ``step``; 1 outside of pruning.
 
         At step ``t`` of a period of ``T`` steps it is ``(T - t - 1) / (T - t)``. The product over steps 0 to t is
         ``(T - t - 1) / T``, so a group reaches exactly zero at the last step, whatever its size.
@@ -205,7 +206,7 @@ class Schedule:
         return (left - 1) / left
 
     def share(self, step: int) -> float:
-        """How much of the way to the target is done when the period of ``step`` is over, in (0, 1]."""
+        """The share of the total cost reduction that is done after the period of ``step``, in (0, 1]."""
         period = self.period(step)
         assert period is not None
         return float(1 - (1 - (period + 1) / self.periods) ** self.exponent)
@@ -223,15 +224,15 @@ class Progress:
     """The progress of pruning.
 
     Attributes:
-        step: Number of steps that were taken.
+        step: Number of steps taken.
         schedule: When pruning happens.
         groups: Number of ZIGs that may be pruned.
-        redundant: How many of those are on their way to zero.
-        pruned: How many are at zero for good.
-        cost: What the network costs without them, in ``unit``.
-        goal: The most that it may cost in the end.
-        unit: Such as ``"MACs"``.
-        ways: If there are several ways to zero, how many of the pruned ZIGs went each way.
+        redundant: Number of ZIGs that are being driven to zero.
+        pruned: Number of ZIGs that are pruned.
+        cost: The cost of the network without pruned ZIGs, in ``unit``.
+        goal: The maximum cost in the end.
+        unit: The unit of the cost, such as ``"MACs"``.
+        ways: If there are several ways to zero, the number of pruned ZIGs by way.
 
     Example:
         >>> print(Progress(130, Schedule(100, 200, 5), 1216, redundant=122, pruned=0, cost=8e6, goal=4e6, unit="MACs"))
@@ -250,7 +251,7 @@ class Progress:
 
     @property
     def period(self) -> int | None:
-        """The period that the next step belongs to, from 0; ``None`` before and after pruning."""
+        """The period of the next step, counted from 0; ``None`` before and after pruning."""
         return self.schedule.period(self.step)
 
     @property
@@ -260,12 +261,12 @@ class Progress:
 
     @property
     def done(self) -> float:
-        """Share of the pruning steps that were taken, in [0, 1]."""
+        """Share of the pruning steps that are done, in [0, 1]."""
         return min(max(self.step - self.schedule.start, 0) / self.schedule.steps, 1.0)
 
     @property
     def sparsity(self) -> float:
-        """Share of ZIGs at zero for good, in [0, 1]."""
+        """Share of ZIGs that are pruned, in [0, 1]."""
         return self.pruned / max(self.groups, 1)
 
     def __str__(self) -> str:
@@ -281,10 +282,10 @@ class Progress:
 
 
 def count_steps(name: str, number: Steps, total_steps: Steps | None) -> int:
-    """A number of steps, or a share of ``total_steps``, as a whole number.
+    """A number of steps, or a share of ``total_steps``, as an int.
 
     Raises:
-        TargetError: It has a fraction, or a share comes without ``total_steps``.
+        TargetError: The number is not an integer, or a share is given without ``total_steps``.
     """
     return round(_count(name, number, None if total_steps is None else _whole("total_steps", total_steps)))
 
@@ -301,7 +302,7 @@ def _share(number: Steps) -> float | None:
 
 
 def _index(number: Steps) -> int | None:
-    """The number if it is of an integer type."""
+    """The number as an int if it is of an integer type, else ``None``."""
     integer: Any = number
     try:
         return operator.index(integer)
@@ -313,7 +314,7 @@ def _whole(name: str, number: Steps) -> int:
     """The number as an int.
 
     Raises:
-        TargetError: It has a fraction.
+        TargetError: The number is not an integer.
     """
     whole, value = _index(number), float(number)
     if whole is not None:

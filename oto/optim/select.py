@@ -1,21 +1,21 @@
-"""Choose the atoms to remove, from scores, a measure of cost and limits. Shared by every sparse optimizer.
+"""Choose the atoms to remove, from scores, a measure of cost and limits. Shared by all sparse optimizers.
 
-The choice brings the cost down to a goal and loses as little importance as possible. Removing an atom saves some of the
-cost, and the less, the thinner the layers around it are. So atoms go in the order of their price::
+The choice reduces the cost to a goal and loses as little importance as possible. The thinner the layers around an atom
+are, the less its removal saves. Atoms are removed in the order of their price::
 
     price of an atom  =  worth of its node group · score / (what the network saves without it) ^ by_cost
 
 With ``by_cost = 1`` and scores in the unit of the loss, this is the greedy solution of a knapsack problem: the least
-loss per cost saved. With ``by_cost = 0`` scores are compared directly.
+loss per saved cost. With ``by_cost = 0``, scores are compared directly.
 
-All of it is a handful of sorts over all atoms at once. Sorts are stable, and equal scores go to the first atom of the
-first node group, so all ranks of a distributed run that have the same scores choose the same atoms.
+The computation consists of a few sorts over all atoms at once. Sorts are stable, and among equal scores the first atom
+of the first node group is chosen, so all ranks of a distributed run with the same scores choose the same atoms.
 
-Node groups may be *tied*: they lose equally many atoms, each those it can best spare. For the choice, a tie is a single
-group whose atoms are as important, and save as much, as those of its groups on average.
+Node groups may be *tied*: they lose equally many atoms, each its least important ones. For the choice, a tie is a
+single group whose atoms have the mean importance, and the mean savings, of those of its groups.
 
-With ``divisible = d > 1`` atoms leave a node group in *units*: the first unit brings the kept count to a multiple of
-``d``, every further one has ``d`` atoms. A unit is as important as its most important atom.
+With ``divisible = d > 1``, atoms are removed from a node group in *units*: the first unit brings the kept count to a
+multiple of ``d``, every further one has ``d`` atoms. A unit is as important as its most important atom.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from numpy.typing import NDArray
 from oto.optim.target import Counts, Measure
 
 NEAR, REFINEMENTS = 0.005, 8
-"""A choice this near to its goal, as a share of the goal, is not refined; how often others are, for how many groups."""
+"""A choice this near to its goal, as a share of the goal, is not refined; the number of refinements of others, and of
+node groups that each of them tries."""
 
 TOLERANCE, COMBINATIONS, TRIED = 0.01, 4096, 12
-"""A choice of coarse units that misses its goal by more than this share of the full cost is brought nearer. All
-combinations of widths are tried, if there are at most this many; else moves between groups, namely the ``TRIED``
-largest and the ``TRIED`` smallest steps."""
+"""A choice of coarse units that misses its goal by more than ``TOLERANCE``, as a share of the full cost, is improved.
+If there are at most ``COMBINATIONS`` combinations of widths, all are tried; else moves between ``TRIED`` groups, half
+with the largest and half with the smallest steps."""
 
 ROUNDS = 16
-"""How often prices are recomputed on the way from one cost to another."""
+"""Number of times that prices are recomputed between the start cost and the goal."""
 
 
 def least_kept(size: int, min_kept: int, divisible: int) -> int:
-    """Least number of atoms that a node group of ``size`` atoms keeps.
+    """Minimum number of atoms that a node group of ``size`` atoms keeps.
 
     >>> least_kept(10, 3, 1), least_kept(10, 3, 4), least_kept(3, 1, 4)
     (3, 4, 3)
@@ -53,7 +54,7 @@ def least_kept(size: int, min_kept: int, divisible: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units that may go. Those of a node group leave in the order of their scores, the lowest first.
+    """The units that may be removed. Those of a node group are removed in the order of their scores, the lowest first.
 
     Attributes:
         group: The node group of each unit, or the tie.
@@ -84,9 +85,9 @@ class Units:
         order, group = atoms[by_score], group[by_score]
         count = np.bincount(group, minlength=len(sizes))
         first = (np.cumsum(count) - count)[group]
-        rank = np.arange(len(order)) - first  # this many of the same group go before it
+        rank = np.arange(len(order)) - first  # number of atoms of the same group that are removed before it
         by = divisible[group]
-        gone = count[group] - by * ((count[group] - rank - 1) // by)  # once its unit is gone
+        gone = count[group] - by * ((count[group] - rank - 1) // by)  # removed atoms of the group, including its unit
         last = np.flatnonzero(gone == rank + 1)
         begins = np.concatenate([[True], group[last][1:] != group[last][:-1]]) if len(last) else np.zeros(0, bool)
         ends = rank[last] + 1
@@ -95,9 +96,9 @@ class Units:
         return cls(group[last], sized, score, score * worth[group[last]], order)
 
     def tied(self, ties: Counts, per: Counts) -> Units:
-        """The units of ties, whose groups have the same units, of ``per`` atoms for each that the tie counts."""
+        """The units of ties. All groups of a tie have the same units, of ``per`` atoms per step of the tie."""
         first = np.searchsorted(self.group, np.arange(len(ties)))
-        place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # this many go before it
+        place = np.stack([ties[self.group], np.arange(len(self.group)) - first[self.group]])  # tie and position in it
         (group, _), one, number = np.unique(place, axis=1, return_index=True, return_inverse=True)
         number = number.reshape(-1)
         many = np.bincount(number, minlength=len(one))
@@ -108,7 +109,14 @@ class Units:
 
 @dataclass(frozen=True, eq=False)
 class Limits:
-    """What may go from each node group, or from each tie of ``many`` node groups. Shapes ``(groups,)``."""
+    """The limits of each node group, or of each tie of ``many`` node groups. Shapes ``(groups,)``.
+
+    Attributes:
+        counts: Remaining atoms.
+        sizes: Atoms, including those that were removed before.
+        least: Minimum number of atoms to keep.
+        many: Number of node groups; 1 without ties.
+    """
 
     counts: Counts
     sizes: Counts
@@ -123,7 +131,7 @@ class Limits:
         return cls(counts, sizes, least, np.ones(len(sizes), dtype=np.int64))
 
     def tied(self, ties: Counts, per: Counts) -> Limits:
-        """The limits of ties, whose groups keep ``per`` atoms for each that the tie counts."""
+        """The limits of ties, whose groups keep ``per`` atoms per step of the tie."""
         one, numbers = np.unique(ties, return_index=True)[1], np.bincount(ties)
         counts, sizes, least = self.counts // per, self.sizes // per, -(-self.least // per)
         if (counts != counts[one][ties]).any():
@@ -134,11 +142,16 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A choice to be made: from which units, by which prices, down to which cost.
+    """A choice to be made.
 
     Attributes:
-        may_go: Whether a unit may go at all: its group still keeps its least, and the network gets cheaper.
-        lost: The importance of all atoms of a unit.
+        units: The units to choose from.
+        limits: The limits of each node group or tie.
+        measure: The cost as a function of counts.
+        goal: The cost to reach.
+        by_cost: The exponent of the cost in the price.
+        may_go: Whether a unit may be removed: its group still keeps its minimum, and the cost decreases.
+        lost: The importance that is lost with a unit: its score times the number of node groups in its tie.
     """
 
     units: Units
@@ -159,7 +172,7 @@ class Task:
 
 @dataclass(eq=False)
 class State:
-    """The choice so far: which units go, and how many atoms each node group (or tie) keeps."""
+    """The choice so far: which units are removed, and how many atoms each node group (or tie) keeps."""
 
     taken: NDArray[np.bool_]
     counts: Counts
@@ -179,27 +192,26 @@ def select(
     ties: Counts | None = None,
     per: Counts | None = None,
 ) -> NDArray[np.bool_]:
-    """Choose the atoms to go, so that what is left costs at most ``goal`` and as little importance as possible is lost.
+    """Choose the atoms to remove, such that the cost is at most ``goal`` and as little importance as possible is lost.
 
     Args:
         scores: Importance of every atom, node group after node group, shape ``(N,)``; higher is kept.
-        left: Which atoms remain, bool, shape ``(N,)``. The others are gone already, and are not chosen again.
-        sizes: Atoms of each node group in the full network; their sum is N.
-        least: Least number of atoms that each keeps.
+        left: Which atoms remain, bool, shape ``(N,)``. The others are removed already, and are not chosen again.
+        sizes: Atoms of each node group, shape ``(groups,)``; their sum is N.
+        least: Minimum number of atoms of each node group, shape ``(groups,)``.
         measure: The cost as a function of the counts of node groups; or of ties, if there are any.
-        goal: The cost to reach. If ``least`` forbids that, everything goes that may.
+        goal: The cost to reach. If ``least`` does not permit that, all atoms are removed that may be.
         divisible: The kept count of a node group that loses atoms is a multiple of this; one number, or one for each.
         by_cost: How much costs count: the exponent in the price of an atom.
-        worth: What the scores of each node group are multiplied by, shape ``(groups,)``; 1 by default.
-        fill: Come as near to the goal as units allow: after the last unit went, give back what still fits, the most
-            important first, and swap a coarse unit for finer ones.
-        ties: For each node group the number of its tie, shape ``(groups,)``. Groups of a tie have the same sizes,
-            divisors and remaining counts, and keep the same count.
-        per: How many atoms each node group keeps for each that its tie counts; by default 1. Its sizes, divisors and
-            counts are this many times those of its tie.
+        worth: Factors for the scores of each node group, shape ``(groups,)``; 1 by default.
+        fill: Come as near to the goal as units permit: after the last removal, return units that still fit, the most
+            important first, and swap coarse units for finer ones.
+        ties: The index of each node group's tie, shape ``(groups,)``. Divided by ``per``, the sizes, divisors and
+            remaining counts of a tie's groups are equal, and so are the kept counts.
+        per: The number of atoms of each node group in one step of its tie, shape ``(groups,)``; 1 by default.
 
     Returns:
-        Boolean array, shape ``(N,)``: the atoms that go.
+        Boolean array, shape ``(N,)``: the atoms to remove.
 
     Example:
         >>> from oto.groups.cost import Polynomial
@@ -237,7 +249,7 @@ def _lowest(order: NDArray[np.int64], sizes: Counts, gone: Counts) -> NDArray[np
 
 
 def descend(task: Task, state: State) -> None:
-    """Take units, the lowest price first, until the goal is met. Prices are recomputed on the way."""
+    """Remove units, the lowest price first, until the goal is met. Prices are recomputed ``ROUNDS`` times."""
     start = task.measure(state.counts)
     for way in range(1, ROUNDS + 1) if task.by_cost else [ROUNDS]:
         goal = task.goal if way == ROUNDS else start - (start - task.goal) * way / ROUNDS
@@ -247,26 +259,26 @@ def descend(task: Task, state: State) -> None:
 
 
 def _queue(task: Task, state: State, without: int = -1) -> NDArray[np.int64]:
-    """The units that may go next, the lowest price first, except those of the node group ``without``."""
+    """The units that may be removed next, the lowest price first, except those of the node group ``without``."""
     units, counts = task.units, state.counts
     rest = np.flatnonzero(task.may_go & ~state.taken & (units.group != without))
     price = units.price[rest]
     if task.by_cost:
         each = task.measure.marginal(counts, np.minimum(counts, 1)) / task.limits.many
-        with np.errstate(over="ignore"):  # what wins nothing goes last
+        with np.errstate(over="ignore"):  # a unit that saves nothing has an infinite price
             price = price / (np.maximum(each, np.finfo(float).tiny) ** task.by_cost)[units.group[rest]]
     return rest[np.argsort(price, kind="stable")]
 
 
 def refine(task: Task, state: State) -> None:
-    """If units are coarse, return one of the most expensive that went last, and take cheaper ones instead."""
+    """If units are coarse, return one of the most costly that were removed last, and remove cheaper ones instead."""
     start = task.measure(task.limits.counts)
     for _ in range(REFINEMENTS if task.by_cost else 0):
         slack = task.goal - task.measure(state.counts)
         last = _last(state.taken, task.units, len(state.counts))
         if slack <= NEAR * task.goal or (last < 0).all():
             return
-        most = task.lost[state.taken].sum() * slack / (start - task.goal)  # at the average price of what went, or less
+        most = task.lost[state.taken].sum() * slack / (start - task.goal)  # at most the average loss per saved cost
         best = min(_swaps(task, state, last, most), key=lambda tried: tried[:2], default=None)
         if best is None or best[0] >= slack:
             return
@@ -278,11 +290,14 @@ def refine(task: Task, state: State) -> None:
 def _swaps(
     task: Task, state: State, last: NDArray[np.int64], most: float
 ) -> Iterator[tuple[float, int, NDArray[np.int64], Counts]]:
-    """Swaps: the distance to the goal, the group whose last unit returns, what goes instead, and the kept counts.
+    """Possible swaps of the last unit of one group for others.
 
     Args:
-        last: For each group the unit that went last.
+        last: For each group, the unit that was removed last, or -1.
         most: How much more importance may be lost.
+
+    Yields:
+        The distance to the goal, the group whose last unit returns, the units removed instead, and the kept counts.
     """
     units, counts = task.units, state.counts
     back = np.where(last >= 0, units.size[last], 0)
@@ -320,15 +335,15 @@ def _fewest(queue: NDArray[np.int64], units: Units, counts: Counts, measure: Mea
 
 
 def _last(taken: NDArray[np.bool_], units: Units, groups: int) -> NDArray[np.int64]:
-    """For each group the unit that went last, -1 if none did."""
+    """For each group, the unit that was removed last, -1 if none was."""
     last = np.full(groups, -1)
     chosen = np.flatnonzero(taken)
-    last[units.group[chosen]] = chosen  # units of a group lie in order, so the last one written is the last to go
+    last[units.group[chosen]] = chosen  # units of a group are in order, so the last one written is the last removed
     return last
 
 
 def give_back(task: Task, state: State) -> None:
-    """Return units, the most important first, as long as the cost stays below the goal."""
+    """Return units, the most important first, as long as the cost does not exceed the goal."""
     units, measure = task.units, task.measure
     while state.taken.any():
         last = _last(state.taken, units, len(state.counts))
@@ -343,10 +358,10 @@ def give_back(task: Task, state: State) -> None:
 
 
 def bring_nearer(task: Task, state: State, near: float) -> None:
-    """If units are so coarse that the goal is missed, return units of one group and take others instead.
+    """If units are so coarse that the goal is missed, return units of one group and remove others instead.
 
-    Among the choices that end nearer than ``near``, the one that loses least importance is taken; if there is none, the
-    one that ends nearest.
+    Among the choices within ``near`` of the goal, the one is taken that loses the least importance; if there is none,
+    the one nearest to the goal.
     """
     units, groups = task.units, len(state.counts)
     many = np.bincount(units.group[task.may_go], minlength=groups) + 1
@@ -370,14 +385,14 @@ def bring_nearer(task: Task, state: State, near: float) -> None:
 
 
 def _combinations(units: Units, may_go: NDArray[np.bool_], many: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """All sets of units that may go together."""
+    """All sets of units that can be removed."""
     own = [np.flatnonzero((units.group == i) & may_go) for i in range(len(many))]
     for numbers in product(*map(range, many.tolist())):
         yield np.concatenate([queue[:n] for queue, n in zip(own, numbers, strict=True)])
 
 
 def _moves(task: Task, state: State) -> Iterator[NDArray[np.int64]]:
-    """The units that go if one group gets its last units back and another one, or all others, lose the fewest
+    """The removed units if the last units of one group return, and another group, or all others, lose the fewest units
     needed."""
     units, counts, measure, taken, may_go = task.units, state.counts, task.measure, state.taken, task.may_go
     groups = np.unique(units.group[may_go])

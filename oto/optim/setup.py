@@ -1,4 +1,4 @@
-"""Read the options of a sparse optimizer: what it chooses by, when, and how to make the optimizer that it wraps.
+"""Read the options of a sparse optimizer: the choice, the schedule, and the options of the wrapped optimizer.
 
 choice, schedule, wrapped = read({"lr": 0.1, "target_macs": 0.5, "total_steps": 100}, groups, costs, None)
 """
@@ -28,17 +28,19 @@ from oto.optim.target import Measure
 def read(
     options: SparseOptions, node_groups: Iterable[NodeGroup], costs: Costs | None, latency: Measure | None
 ) -> tuple[Choice, Schedule, dict[str, Any]]:
-    """Read what every sparse optimizer takes.
+    """Read the options that every sparse optimizer takes.
 
     Args:
-        options: Without those that a paper adds.
+        options: The options, without those that a subclass adds.
         node_groups, costs, latency: As in :meth:`Choice.of`.
 
     Returns:
-        The choice, the schedule, and all other options, which are the wrapped optimizer's.
+        The choice, the schedule, and all other options, which are those of the wrapped optimizer.
 
     Raises:
-        TargetError, OptionError, NothingPrunableError, UnknownParameterError: As in :meth:`Choice.of`.
+        OptionError: An option of compensation is given; or as in :meth:`Choice.of`.
+        TargetError: The schedule is invalid; or as in :meth:`Choice.of`.
+        NothingPrunableError, UnknownParameterError: As in :meth:`Choice.of`.
     """
     if alone := picked(options, FoldOptions):
         raise OptionError(
@@ -53,7 +55,7 @@ def read(
 
 
 def schedule_of(options: SparseOptions) -> Schedule:
-    """When groups go: evenly if all is to be as published."""
+    """The schedule; its default exponent is 1 with ``saliency="hesso"``, as published."""
     exponent = options.get("pruning_exponent")
     if exponent is None:
         exponent = 1.0 if options.get("saliency") == "hesso" else EXPONENT

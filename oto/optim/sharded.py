@@ -1,8 +1,8 @@
-"""Find which rows of a tensor that is spread over processes are on this process, and to which atom each belongs.
+"""Find the rows of a sharded tensor that are on this process, and the atom that each belongs to.
 
-A view cannot reach into another process's shard. So along a dimension that is cut into shards, an index gives for every
-row the atom that it is a part of. This covers any slice: heads times width, branches side by side, and shards that are
-of unequal size or empty.
+A view cannot contain entries of another process's shard. So along a sharded dimension, an index holds for every row the
+atom that it is a part of. This covers any slice: heads times width, concatenated branches, and shards that are of
+unequal size or empty.
 
 Example: of 6 rows that are 3 heads times 2, a process that has rows 3 to 5 has one row of head 1 and both of head 2.
 """
@@ -21,17 +21,19 @@ from oto.shards import Sharding
 def parts(
     piece: Slice, here: Tensor, sharding: Sharding, rows: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
-    """What this process has of some atoms of a slice whose dimension is cut into shards.
+    """This process's part of some atoms of a slice whose dimension is sharded.
 
     Args:
-        here: The entries of this process.
-        sharding: How the tensor is spread.
-        rows: The atoms, sorted int64 indices; ``None``: all.
-        size: How many atoms the slice has.
+        piece: The slice.
+        here: The tensor's entries on this process.
+        sharding: How the tensor is sharded.
+        rows: The atoms, sorted int64 indices; ``None`` for all.
+        size: Number of atoms of the slice.
 
     Returns:
-        A view with the cut dimension first; the indices of its rows that belong to these atoms, ``None`` if all do; the
-        atom of the first row; and the atom of every row, ``None`` if each row is one atom, in order.
+        A view with the sharded dimension first; the indices of its rows that belong to these atoms, ``None`` if all do;
+        the atom of the first row, 0 if the next item is given; and the atom of every row, ``None`` if each row is one
+        atom, in order.
     """
     view = here.movedim(piece.dim, 0)
     owner, begin, atoms = _owners(piece, sharding, size, here.dim(), here.device)
@@ -50,8 +52,7 @@ def _owners(
 ) -> tuple[Tensor, int, Tensor | None]:
     """The atom of every entry along the slice's dimension on this process, int64, on the CPU, -1 for none.
 
-    With it, as in :func:`parts`: the first atom, and ``None`` if each entry is one atom, in order; otherwise all of
-    them, on the device.
+    Also returns the last two items of :func:`parts`; the atom of every row is on ``device``.
     """
     length = piece.cuts[0].before * piece.cuts[0].middle * piece.cuts[0].after if piece.cuts else size
     atom = torch.full((length,), -1)

@@ -1,8 +1,8 @@
-"""Continue with the same optimizer when the model gets smaller in the middle of training.
+"""Continue with the same optimizer when the model is made smaller during training.
 
-The optimizer object stays, with its parameter groups, their order and their options, so whatever holds it keeps
-working: learning-rate schedulers, ``GradScaler``, wrappers. Each parameter is replaced, its state sliced alike; one
-that went with a segment leaves its group::
+The optimizer object stays, with its parameter groups, their order and their options, so objects that refer to it keep
+working: learning-rate schedulers, ``GradScaler``, wrappers. Each parameter is replaced, and its state is sliced like
+the parameter; one that was removed with a segment is removed from its parameter group::
 
     follow(optimizer, moved, sliced_state(moved, optimizer))
 """
@@ -25,13 +25,14 @@ from oto.optim.entries import taken
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """One parameter, before and after.
+    """One parameter, before and after the model was made smaller.
 
     Attributes:
-        name: As the smaller model has it.
+        name: Its name in the smaller model.
         old, new: The tensors.
-        entries: For each dimension the entries that remain, sorted int64 indices; ``None`` if all do.
-        former: As the model had it before: another name of a tied one, if what held it by that went with a segment.
+        entries: For each dimension, the entries that remain, sorted int64 indices; ``None`` if all do.
+        former: Its name in the former model. A tied parameter has another name if the module of its first name was
+            removed with a segment.
     """
 
     name: str
@@ -51,10 +52,11 @@ class Moved:
 
 
 def sliced_state(moved: Sequence[Moved], optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """The state of every old parameter, sliced for the new one. Nothing is changed.
+    """The state of every old parameter, sliced for the new one. The optimizer is not changed.
 
     Raises:
-        ShrinkError: Some state has neither the shape of its parameter nor a single entry.
+        ShrinkError: A tensor of the state has neither the shape of its parameter nor a single entry, or the state holds
+            a non-empty collection.
     """
     return {m.old: _sliced(m, optimizer) for m in moved if m.old in optimizer.state}
 
@@ -67,7 +69,7 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
     for key, value in state.items():
         plain = not isinstance(value, Tensor | Sequence | Mapping) or isinstance(value, str)
         if plain or (isinstance(value, Tensor) and value.numel() == 1 and moved.old.numel() > 1):
-            made[key] = value  # a number of steps, for example
+            made[key] = value  # for example a number of steps
         elif isinstance(value, Tensor) and value.shape == moved.old.shape and value.layout is torch.strided:
             made[key] = moved.prune(value)
         elif value is None or (not isinstance(value, Tensor) and not len(value)):
@@ -85,7 +87,7 @@ def _sliced(moved: Moved, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def renamed_in(moved: Sequence[Moved]) -> dict[str, str]:
-    """The new names of parameters that lost their first one."""
+    """The new names of parameters whose name has changed, by their former names."""
     return {m.former: m.name for m in moved if m.former not in ("", m.name)}
 
 
@@ -98,7 +100,9 @@ def follow(
     """Replace old parameters by new ones, with the state that was sliced for them.
 
     Args:
-        gone: Old parameters that went with a segment: they leave their parameter groups, with their state.
+        states: The result of :func:`sliced_state`.
+        gone: Old parameters that were removed with a segment; they are removed from their parameter groups, with their
+            state.
     """
     new, away, renamed = {m.old: m.new for m in moved}, set(gone), renamed_in(moved)
     for group in optimizer.param_groups:

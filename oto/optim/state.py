@@ -1,20 +1,21 @@
-"""What a checkpoint holds of a sparse optimizer, and whether a checkpoint fits.
+"""The contents of a sparse optimizer's checkpoint, and checks that a checkpoint fits.
 
     optimizer.state_dict()["param_groups"][0]["oto_atoms"]   # 0, 1, 2: free, redundant, pruned
 
-All that must survive is in a few entries of the first parameter group. (torch would drop further top-level keys of a
+All state of pruning is in a few entries of the first parameter group. (torch would drop further top-level keys of a
 state dict, and would cast tensors in ``state`` to the dtype of the parameter.)
 
-* ``oto_step``: how many steps were taken, an int;
-* ``oto_atoms``: what became of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
+* ``oto_step``: number of steps taken, an int;
+* ``oto_atoms``: the state of every atom, uint8 of shape ``(N,)``, prunable node group after node group;
 * ``oto_sums``, ``oto_seen``: saliency criteria of every atom, float of shape ``(criteria, N)``, summed over
   ``oto_seen`` steps;
-* ``oto_setup``: schedule and target as JSON, so that a checkpoint from a different setup is noticed;
+* ``oto_setup``: schedule, target and options as JSON, so that a checkpoint from a different setup is detected;
 * ``oto_history``: ``history`` as JSON, at the last ``state_dict()``;
-* ``oto_kept``: once the model was shrunk: which atoms of the full network it still has, bool of shape ``(full N,)``;
-* for HSPG and DHSPG, ``oto_settled`` and ``oto_counts``: what was last read back from the device; and
-  ``oto_by_choice``: how many groups went because they were chosen. For HESSO-CRIC, ``oto_walk``;
-* within a period, with ``compensate=``, ``oto_fold``: what readers take over at each step, and how many steps remain.
+* ``oto_kept``: after the model was shrunk: which atoms of the full network it still has, bool of shape ``(full N,)``;
+* for HSPG, DHSPG and H2SPG, ``oto_settled`` and ``oto_counts``: the state last read back from the device; and
+  ``oto_by_choice``: how many groups were removed by the choice. For HESSO-CRIC, ``oto_walk``. For families,
+  ``oto_levels``, ``oto_scores`` and ``oto_buffers``;
+* within a period, with ``compensate=``, ``oto_fold``: the change of readers at each step, and how many steps remain.
 """
 
 from __future__ import annotations
@@ -34,18 +35,20 @@ from oto.errors import OTOError, SetupError, SetupWarning, ShrinkError, some, us
 
 
 def ours(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter group that are about pruning."""
+    """The entries of a parameter group that hold state of pruning."""
     return {key: value for key, value in group.items() if key.startswith("oto_")}
 
 
 def with_ours(saved: Mapping[str, Any], first: Mapping[str, Any], base: Optimizer) -> dict[str, Any]:
-    """A state dict that the wrapped optimizer wrote itself, with what pruning needs added to its first group.
+    """Add the state of pruning to the first parameter group of the wrapped optimizer's own state dict.
 
     Args:
+        saved: The state dict; it is not changed.
         first: The first parameter group of the sparse optimizer.
+        base: The wrapped optimizer.
 
     Raises:
-        OTOError: It has no parameter groups.
+        OTOError: The state dict has no parameter groups.
     """
     if not saved.get("param_groups"):
         raise OTOError(
@@ -58,14 +61,15 @@ def with_ours(saved: Mapping[str, Any], first: Mapping[str, Any], base: Optimize
 
 
 def require_same_atoms(saved: Mapping[str, Any], here: Mapping[str, Any], atoms: int, removed: int) -> None:
-    """Refuse a checkpoint of a model with other atoms.
+    """Check that a checkpoint belongs to a model with the same atoms.
 
     Args:
         saved, here: The first parameter groups.
-        atoms: How many the model has; ``removed``: how many it had before it was shrunk.
+        atoms: Number of atoms of the model.
+        removed: Number of atoms that were removed when the model was shrunk.
 
     Raises:
-        OTOError: One of the two models was shrunk and the other was not, or it is from a different model.
+        OTOError: The two models were not shrunk to the same atoms, or the checkpoint is from a different model.
     """
     theirs, mine = saved.get("oto_kept"), here.get("oto_kept")
     left = f"{atoms} of {atoms + removed} groups"
@@ -98,14 +102,14 @@ RENAMED = {"normalise": "normalize"}
 
 
 def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse, or warn of, a checkpoint that was saved under a different schedule or target.
+    """Check that a checkpoint was saved under the same schedule, target and options.
 
     Args:
         saved, here: The first parameter groups.
 
     Raises:
-        SetupError: Pruning has begun under one of the two. Before that, and where only ``align`` differs, it is a
-            ``SetupWarning``.
+        SetupError: The setups differ, and pruning has begun under one of the two. Before that, or if only ``align``
+            differs, there is only a ``SetupWarning``.
     """
     mine: dict[str, Any] = json.loads(here["oto_setup"])
     theirs: dict[str, Any] = json.loads(saved.get("oto_setup", "null")) or mine
@@ -121,7 +125,7 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         text += "\n  effect  pruning had not begun, so what is asked for here counts"
         warnings.warn(text, SetupWarning, stacklevel=users_level())
         return
-    if differ == ["align"]:  # by default it goes by the device
+    if differ == ["align"]:  # its default depends on the device
         text += "\n  effect  what has gone stays gone; sizes are multiples of what is asked for here from now on"
         warnings.warn(text, SetupWarning, stacklevel=users_level())
         return
@@ -133,14 +137,14 @@ def require_same_setup(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 
 
 def left_like(state_dict: Mapping[str, Any], have: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
-    """For each node group, which atoms of this model remained in one that was shrunk; all, if it was not.
+    """For each node group, which atoms of this model remained in another run whose model was shrunk; all if it was not.
 
     Args:
-        state_dict: That of the other model's optimizer.
-        have: For each node group, which atoms of the full network the model has, bool.
+        state_dict: The state dict of the other run's optimizer.
+        have: For each node group, which atoms of the full network this model has, bool.
 
     Raises:
-        ShrinkError: It is of another model, or of one that has atoms which this model lacks.
+        ShrinkError: The state dict belongs to another model, or to one with atoms that this model no longer has.
     """
     sizes = [len(own) for own in have.values()]
     first = state_dict["param_groups"][0] if state_dict.get("param_groups") else {}

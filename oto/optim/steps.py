@@ -1,7 +1,7 @@
-"""The steps in which widths change, and targets for which they are too coarse.
+"""Check whether the steps in which widths change are too coarse for a target.
 
-A choice never costs more than its target, and returns what still fits. So it misses the target by less than its
-smallest step. If widths have to be multiples, that may be a lot.
+A choice never costs more than its target, and keeps all that still fits. So it misses the target by less than its
+smallest step. If widths must be multiples, that can be much.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from oto.optim.target import Counts, Measure, Target, shown
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What each node group keeps, and in which steps that changes; all of shape ``(groups,)``.
+    """The kept count of each node group, and the steps in which it can change; all of shape ``(groups,)``.
 
     Attributes:
-        counts: Atoms that are kept.
-        multiples: What a kept count is a multiple of, unless nothing goes.
-        finest: What it would be a multiple of without requests by the user.
-        most: Atoms of the group.
-        ties: The number of the tie of each group; those of one tie keep the same count.
+        counts: Number of kept atoms.
+        multiples: The number that a kept count is a multiple of, unless all atoms are kept.
+        finest: The same number without multiples that the user requested.
+        most: Number of atoms in the full network.
+        ties: The index of each group's tie; groups of one tie change together.
     """
 
     counts: Counts
@@ -34,7 +34,11 @@ class Steps:
     ties: Counts
 
     def costs(self, measure: Measure, by: Counts) -> dict[int, float]:
-        """By the first group of each tie: what one more step costs, or saves if ``by`` is negative."""
+        """The change of the cost, without its sign, if each tie keeps ``by`` more atoms; by the first group of the tie.
+
+        Args:
+            by: The number of atoms, shape ``(groups,)``; negative for fewer.
+        """
         after = np.minimum(self.most, self.counts + by)
         found: dict[int, float] = {}
         for group in np.flatnonzero((after != self.counts) & (after > 0)):
@@ -45,13 +49,13 @@ class Steps:
 
 
 def missed(target: Target, steps: Steps, choose: Callable[[float], float]) -> tuple[int, str] | None:
-    """If a target is missed by too much: the node group of the largest step, and the message.
+    """The node group with the largest step and a message, if a target is missed by too much; else ``None``.
 
-    It may be missed by 1 % of the full cost, by the smallest step allowed, and by any step as it would be without
-    requested multiples. Targets in milliseconds are not checked.
+    Missing it is accepted by up to 1 % of the full cost, by up to the smallest possible step, and by up to the largest
+    step without requested multiples. Targets in milliseconds are not checked.
 
     Args:
-        choose: Gives the cost that a choice for a different goal would leave.
+        choose: Returns the cost that a choice for a different goal would leave.
     """
     measure, full, goal = target.measure, target.full, target.goal
     now = measure(steps.counts)

@@ -1,8 +1,8 @@
-"""What criteria see if parameters are spread over processes: sums over the entries of every atom.
+"""Compute the inputs of saliency criteria if parameters are sharded over processes: sums over the entries of atoms.
 
 A criterion computes a score from the norms of an atom, of its gradient and of the weights that read it, and from the
-dot product of atom and gradient. No single process can compute these. So each is summed over the processes when it is
-first needed, for all node groups at once: one all-reduce of ``N`` numbers.
+dot product of atom and gradient. No single process can compute these. So each quantity is summed over the processes
+when it is first needed, for all node groups at once: one all-reduce of ``N`` numbers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ class Sums:
 
     Attributes:
         groups: The node groups.
-        weights: Parameters by name, or what takes their place; looked up one at a time.
-        gradients: Their gradients, for those that have one, spread as they are.
-        shardings: How they are spread, as in :class:`oto.optim.entries.Rows`.
-        shapes: Of the parameters, over all processes.
-        maximized: Parameters whose gradient is that of something to be made large.
-        device: Where vectors of one number per atom lie.
-        aside: By the number of a node group, entries of some slices to be seen instead of the present ones, with their
-            places.
+        weights: Parameters by name, or tensors in place of them; accessed one at a time.
+        gradients: Their gradients by name, for those that have one, sharded alike.
+        shardings: How the parameters are sharded, as in :class:`oto.optim.entries.Rows`.
+        shapes: The shapes of the parameters over all processes.
+        maximized: Names of parameters with ``maximize=True``.
+        device: The device of vectors of one number per atom.
+        aside: Entries to use instead of the current ones, with their places; by index of the node group and slice.
     """
 
     groups: Sequence[NodeGroup]
@@ -59,10 +58,11 @@ class Sums:
         maximized: Container[str] = (),
         device: torch.device | str = "cpu",
     ) -> Sums:
-        """For parameters by name.
+        """The sums for some node groups.
 
         Args:
-            weights, gradients: What criteria see in place of parameters and their gradients, spread in the same way.
+            parameters: Parameters by name.
+            weights, gradients: Tensors in place of the parameters and their gradients, sharded in the same way.
             maximized, device: See the attributes.
         """
         named = {p.parameter: None for group in groups for p in group.slices if p.parameter in parameters}
@@ -78,7 +78,7 @@ class Sums:
         return cls(groups, weights, gradients, shardings, shapes, maximized, torch.device(device))
 
     def entries(self) -> list[Entries]:
-        """Those of every node group."""
+        """The entries of every node group, which only provide sums."""
         firsts = [0]
         for group in self.groups:
             firsts.append(firsts[-1] + group.size)
@@ -108,11 +108,11 @@ class Sums:
 
     @cached_property
     def has_gradient(self) -> bool:
-        """Whether a gradient of any atom has an entry that is not zero."""
+        """Whether a gradient of any atom has a nonzero entry."""
         return any_entry_of(self.gradients[p.parameter] for g in self.groups for p in self._zeros(g, self.gradients))
 
     def readers(self, group: NodeGroup) -> list[Slice]:
-        """The slices with weights that read the atoms of a node group."""
+        """The weight slices that read the atoms of a node group."""
         reading = [p for p in group.slices if p not in group.zeros and p.parameter in self.shapes]
         return [piece for piece in reading if len(self.shapes[piece.parameter]) > 1]
 
@@ -129,7 +129,7 @@ class Sums:
         measure: Callable[[Tensor, Tensor], Tensor],
         others: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """A measure of the rows, summed, shape ``(N,)``; one tensor at a time."""
+        """The sum of a measure over the rows of each atom, shape ``(N,)``, computed one tensor at a time."""
         found: dict[str, list[tuple[int, Slice, int]]] = {}
         first = 0
         for number, group in enumerate(self.groups):
@@ -152,7 +152,7 @@ class Sums:
 
 
 class SpreadEntries(Entries):
-    """What a criterion may use of a node group whose parameters are spread over processes: sums, but no entries."""
+    """The :class:`Entries` of a node group with sharded parameters: sums are available, the entries are not."""
 
     def __init__(self, sums: Sums, group: NodeGroup, first: int) -> None:
         vars(self).update(sums=sums, group=group, own=slice(first, first + group.size))
@@ -163,7 +163,7 @@ class SpreadEntries(Entries):
 
     @property
     def weights(self) -> NoReturn:
-        """Not available: no process has them.
+        """Not available, as no process has all entries.
 
         Raises:
             OptionError: Always.
@@ -179,12 +179,12 @@ class SpreadEntries(Entries):
 
     @property
     def size(self) -> int:
-        """Atoms of the node group."""
+        """Number of atoms of the node group."""
         return self.group.size
 
     @property
     def count(self) -> int:
-        """Entries of one atom, over all processes."""
+        """Number of entries of one atom, over all processes."""
         wholes = [(piece, torch.empty(self.sums.shapes[piece.parameter], device="meta")) for piece in self.group.zeros]
         return sum(piece.of(whole)[0].numel() for piece, whole in wholes)
 
@@ -199,7 +199,7 @@ class SpreadEntries(Entries):
 
     @property
     def has_gradient(self) -> bool:
-        """Whether a gradient of any node group has an entry that is not zero."""
+        """Whether a gradient of any node group has a nonzero entry."""
         return self.sums.has_gradient
 
     @property
@@ -226,11 +226,11 @@ class SpreadEntries(Entries):
 def put_aside(
     groups: Sequence[NodeGroup], chosen: Sequence[Tensor], tensors: Mapping[str, Tensor], saved: Sequence[Tensor]
 ) -> dict[tuple[int, Slice], tuple[Place, Tensor]]:
-    """The places of entries that were put aside, for :attr:`Sums.aside`.
+    """The copied entries with their places, for :attr:`Sums.aside`.
 
     Args:
-        groups, chosen, tensors: Those whose :meth:`oto.optim.entries.Rows.copies` were taken.
-        saved: The copies.
+        groups, chosen, tensors: The arguments of :meth:`oto.optim.entries.Rows.of` with which the copies were made.
+        saved: The result of :meth:`oto.optim.entries.Rows.copies`.
     """
     rest, first = iter(saved), 0
     found: dict[tuple[int, Slice], tuple[Place, Tensor]] = {}
@@ -251,7 +251,7 @@ def _with(view: Tensor, there: Place, entries: Tensor) -> Tensor:
 
 
 def gradients_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients by name, spread as the parameters are."""
+    """The gradients by name, sharded like the parameters."""
     found: dict[str, Tensor] = {}
     for name, p in parameters.items():
         if (gradient := p.grad) is not None:

@@ -1,9 +1,9 @@
-"""How much may remain: a target in a unit that users know, and the measure that counts it.
+"""Targets: the maximum cost of the pruned network, in a unit that users know, and the measure of that cost.
 
     print(Target.of({"target_macs": 0.5}, sizes, costs))   # target_macs=0.5: at most 20,275,520 of 40,551,040 MACs
 
-Shared by every sparse optimizer. A measure gives the cost as a function of the number of atoms that each node group
-keeps, and what each group would save. :class:`oto.groups.cost.Polynomial` is one.
+Shared by all sparse optimizers. A measure computes the cost as a function of the numbers of atoms that node groups
+keep, and the savings of each group. :class:`oto.groups.cost.Polynomial` is one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ class Measure(Protocol):
         ...
 
     def marginal(self, counts: Counts, fewer: Counts) -> NDArray[np.float64]:
-        """What each group saves if it alone keeps ``fewer`` fewer atoms; shapes ``(groups,)``."""
+        """For each group, how much is saved if it alone keeps ``fewer`` fewer atoms; shapes ``(groups,)``."""
         ...
 
     def tied(self, ties: Counts, per: Counts | None = None) -> Measure:
-        """The same cost as a function of the count of each tie; ``ties`` holds the tie of each group, ``per`` how many
-        atoms it keeps for each that the tie counts."""
+        """The same cost as a function of one count per tie.
+
+        Args:
+            ties: The index of each group's tie, shape ``(groups,)``.
+            per: The number of atoms of each group in one step of its tie, shape ``(groups,)``; 1 by default.
+        """
         ...
 
 
@@ -52,13 +56,13 @@ UNITS = {
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The most that a network may cost.
+    """The maximum cost of a network.
 
     Attributes:
-        name: The keyword that was given.
+        name: The keyword of the target.
         asked: Its value: a number, or one for each name or glob.
-        goal: The most that may remain, in the unit of ``measure``.
-        full: What the full network costs.
+        goal: The maximum cost, in the unit of ``measure``.
+        full: The cost of the full network.
         measure: The cost as a function of the counts.
     """
 
@@ -77,19 +81,19 @@ class Target:
         latency: Measure | None = None,
         kept: Counts | None = None,
     ) -> Target:
-        """Read the keywords of an optimizer, of which exactly one is not ``None``.
+        """Make a target from the keywords of an optimizer, of which exactly one is not ``None``.
 
         Args:
             asked: ``target_macs``, ``target_params``, ``target_bytes``: a float in (0, 1] is the share to keep, an
                 integer the number itself. ``target_latency_ms``: milliseconds. ``target_group_sparsity``: the share of
                 groups to remove, in [0, 1). ``target_kept``: what each node group keeps, by names or globs.
-            sizes: Atoms of every prunable node group.
-            costs: Costs of the network; needed for all but ``target_group_sparsity`` and ``target_kept``.
+            sizes: Number of atoms of every prunable node group, shape ``(groups,)``.
+            costs: Costs of the network; needed for ``target_macs``, ``target_params`` and ``target_bytes``.
             latency: Milliseconds of the network; needed for ``target_latency_ms``.
-            kept: How many atoms each node group keeps, for ``target_kept``.
+            kept: The number of atoms that each node group keeps, for ``target_kept``.
 
         Raises:
-            TargetError: None or several are given, or a value is invalid.
+            TargetError: No target or several are given, or a value is invalid.
         """
         given = {name: asked[name] for name in (*UNITS, *asked) if asked.get(name) is not None}
         if len(given) != 1:
@@ -137,21 +141,22 @@ class Target:
 
     @property
     def wants_less(self) -> bool:
-        """Whether anything has to go."""
+        """Whether anything has to be removed."""
         return self.asked != 0 if self.name == "target_group_sparsity" else self.goal < self.full
 
     def after(self, share: float) -> float:
-        """What may remain once ``share`` of the way from the full network to the goal is done."""
+        """The maximum cost after ``share`` of the total reduction from the full network to the goal."""
         return self.goal if share >= 1 else self.full - share * (self.full - self.goal)
 
     def require_reachable(self, least: Counts, besides: str | None = None) -> None:
-        """Refuse a target that cannot be met with ``least`` atoms in every group.
+        """Check that the target can be met with ``least`` atoms in each group.
 
         Args:
+            least: The minimum number of atoms of each group, shape ``(groups,)``.
             besides: Further lines for the message.
 
         Raises:
-            TargetError: It cannot; the message says what can.
+            TargetError: It cannot; the message states the lowest target that can.
         """
         bottom = self.measure(least)
         if bottom <= self.goal:
@@ -179,13 +184,13 @@ class Target:
 
     @property
     def _share(self) -> float | None:
-        """The share that a small whole number most likely means: 1 is all, 50 is half."""
+        """The share that the user most likely meant with a small integer: 1 is all, 50 is half."""
         if not isinstance(self.asked, int) or self.asked > 100 or self.name == "target_latency_ms":
             return None
         return 1.0 if self.asked == 1 else self.asked / 100
 
     def asking(self, cost: float) -> str:
-        """The keyword and value that ask for a cost, in the form in which the target was given."""
+        """The keyword and value of a target with this cost, in the form in which the target was given."""
         if self.name == "target_group_sparsity":
             return f"{self.name}={np.floor((self.full - cost) / self.full * 1e4) / 1e4:.4f}"
         if isinstance(self.asked, int):
@@ -200,7 +205,11 @@ class Target:
 
 
 def _measure(name: str, costs: Costs | None, latency: Measure | None) -> Measure:
-    """The measure that belongs to a keyword."""
+    """The measure of a keyword.
+
+    Raises:
+        TargetError: The costs or latency that it needs are not given.
+    """
     of_costs: Measure | None = None if costs is None else getattr(costs, name.removeprefix("target_"), None)
     measure = latency if name == "target_latency_ms" else of_costs
     if measure is None:
@@ -212,7 +221,7 @@ def _measure(name: str, costs: Costs | None, latency: Measure | None) -> Measure
 
 
 def shown(number: float) -> str:
-    """A cost as text: whole numbers with separators, others with three digits.
+    """A cost as text: integers and large numbers with separators, others with three digits.
 
     >>> shown(1234567.8), shown(12.3456)
     ('1,234,568', '12.3')

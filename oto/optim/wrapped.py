@@ -1,4 +1,4 @@
-"""Make the optimizer to wrap, with parameter groups that carry names.
+"""Make the optimizer to wrap, with named parameters in its groups.
 
 build(model.named_parameters(), {"variant": "sgd", "lr": 0.1, "first_momentum": 0.9})   # a torch.optim.SGD
 """
@@ -21,7 +21,7 @@ Params = Named | Iterable[dict[str, Any]]
 """``model.named_parameters()``, or parameter groups whose ``params`` are named pairs or come with ``param_names``."""
 
 Base = Optimizer | Callable[..., Optimizer]
-"""An optimizer, its class, or any function of parameter groups that makes one, such as ``functools.partial``."""
+"""An optimizer, its class, or any function that makes one from parameter groups, such as ``functools.partial``."""
 
 VARIANTS: dict[str, type[Optimizer]] = {
     name.lower(): kind
@@ -37,13 +37,13 @@ REFUSED = {
 
 
 def build(params: Params, options: Mapping[str, Any]) -> Optimizer:
-    """The optimizer to wrap. Keywords that are ``None`` are left to its defaults.
+    """Make the optimizer to wrap. Keywords that are ``None`` have the optimizer's default.
 
     Args:
         options: ``names``, ``variant``, ``base``, ``base_options``, and keywords of the optimizer.
 
     Raises:
-        OptionError: An option is missing, is given twice, or the optimizer has none of that name.
+        OptionError: An option is missing, given twice, or not known to the optimizer; or the optimizer cannot prune.
         UnknownParameterError: A parameter has no name.
     """
     keywords = {key: value for key, value in options.items() if value is not None}
@@ -77,13 +77,13 @@ def build(params: Params, options: Mapping[str, Any]) -> Optimizer:
 
 
 MOMENTS = ("first_momentum", "second_momentum", "dampening")
-"""Options that go by different names in different optimizers."""
+"""Options that have different names in different optimizers."""
 
 
 def _of_base(
     base: Base, params: Params, names: Named | None, moments: Mapping[str, Any], keywords: Mapping[str, Any]
 ) -> Optimizer:
-    """The optimizer that ``base`` is, or makes."""
+    """The optimizer ``base``, or the one that it makes."""
     if moments:
         raise OptionError(f"{', '.join(moments)} belong to variant=; with base= use the keywords of that optimizer")
     if not isinstance(base, Optimizer):
@@ -95,7 +95,7 @@ def _of_base(
 
 
 def keeps_own_state(base: Optimizer) -> bool:
-    """Whether an optimizer writes its own state dict, because some of its state is not in ``.state``."""
+    """Whether an optimizer overrides ``state_dict()``, because some of its state is not in ``.state``."""
     return type(base).state_dict is not Optimizer.state_dict or "state_dict" in vars(base)
 
 
@@ -103,9 +103,10 @@ _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_moment
 
 
 def foreign_options(base: Optimizer, saved: Mapping[str, Any]) -> list[str]:
-    """Options in a saved parameter group of another optimizer: it also lacks some of this one's.
+    """Unknown options in a saved parameter group, if it belongs to another optimizer; else an empty list.
 
-    A group that only lacks options, or only has more, may be of another version of the same class.
+    It does if it has unknown options and lacks some of this optimizer's. A group that only lacks options, or only has
+    more, may be from another version of the same class.
     """
     known = {
         *_OF_SCHEDULERS,
@@ -119,15 +120,15 @@ def foreign_options(base: Optimizer, saved: Mapping[str, Any]) -> list[str]:
 
 
 def inside(base: Optimizer) -> dict[str, Optimizer]:
-    """The optimizers that an optimizer holds, by attribute."""
+    """The optimizers in attributes of an optimizer, by attribute name."""
     return {name: held for name, held in vars(base).items() if isinstance(held, Optimizer)}
 
 
 def _sound(base: Optimizer) -> Optimizer:
-    """Refuse what only looks like an optimizer, and warn of state that no checkpoint would hold.
+    """Check that an object is a torch optimizer that can be wrapped, and warn about state that checkpoints would lack.
 
     Raises:
-        OptionError: It lacks what every torch optimizer has, or it cannot prune.
+        OptionError: It lacks attributes that every torch optimizer has, or is one that cannot prune.
     """
     kind = type(base).__name__
     why = next((REFUSED[name] for k in type(base).__mro__ if (name := k.__name__.lower()) in REFUSED), None)
@@ -173,7 +174,7 @@ def _variant(name: str) -> type[Optimizer]:
 
 
 def _translated(given: dict[str, float], takes: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The moments by the names that the optimizer uses; one that it does not know keeps our name."""
+    """The moments under the names that the optimizer uses; those that it does not know keep our names."""
     own: dict[str, Any] = dict(given)
     if "betas" in takes and own.keys() & {"first_momentum", "second_momentum"}:
         first, second = takes["betas"].default
@@ -184,7 +185,7 @@ def _translated(given: dict[str, float], takes: Mapping[str, inspect.Parameter])
 
 
 def _groups(params: Params, names: Named | None) -> list[dict[str, Any]]:
-    """Parameter groups in torch's form, every one with ``param_names``."""
+    """Parameter groups in torch's form, each with ``param_names``."""
     items: list[Any] = list(params)
     groups = [dict(item) for item in items] if items and isinstance(items[0], dict) else [{"params": items}]
     for number, group in enumerate(groups):
@@ -205,7 +206,7 @@ def _groups(params: Params, names: Named | None) -> list[dict[str, Any]]:
 
 
 def _names_of(params: Params) -> dict[Tensor, str]:
-    """Which tensor has which name; parameter groups may hold named pairs or ``param_names``."""
+    """The name of each tensor; parameter groups may hold named pairs or ``param_names``."""
     found: dict[Tensor, str] = {}
     for item in params:
         if isinstance(item, dict):
@@ -218,7 +219,11 @@ def _names_of(params: Params) -> dict[Tensor, str]:
 
 
 def _name(groups: list[dict[str, Any]], known: dict[Tensor, str]) -> None:
-    """Write ``param_names`` where they are missing."""
+    """Add ``param_names`` to groups without them.
+
+    Raises:
+        UnknownParameterError: A parameter has no known name.
+    """
     for group in groups:
         if "param_names" in group:
             continue

@@ -1,6 +1,6 @@
-"""A torch optimizer around another one, which makes the updates. Both share parameter groups, state and defaults.
+"""Wrap a torch optimizer, which makes the updates. Both share parameter groups, state and defaults.
 
-So learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like work as they do with the wrapped one::
+So learning-rate schedulers, checkpoints, ``foreach``, ``fused`` and the like work as with the wrapped optimizer::
 
     optimizer = oto.hesso(variant="adamw", lr=1e-3, target_macs=0.5)
     optimizer.base   # a torch.optim.AdamW
@@ -22,7 +22,7 @@ class Wrapper(Optimizer):
     """An optimizer whose update is that of another one, its ``base``.
 
     Args:
-        params: As in :class:`oto.optim.SparseOptimizer`; every parameter receives a name.
+        params: As in :class:`oto.optim.SparseOptimizer`.
         options: How to make the wrapped optimizer, see :class:`oto.optim.options.BaseOptions`.
     """
 
@@ -32,7 +32,7 @@ class Wrapper(Optimizer):
         self._share_base()
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by name, as ``param_groups`` has it now."""
+        """The current parameters in ``param_groups``, by name."""
         return {n: p for group in self.param_groups for n, p in zip(group["param_names"], group["params"], strict=True)}
 
     def descend(self) -> None:
@@ -47,7 +47,7 @@ class Wrapper(Optimizer):
         """Whether this step only fills empty state, with zero gradients and a zero learning rate.
 
         ``torch.distributed.checkpoint`` takes such a step when it saves or loads an optimizer without state. It must
-        leave no trace.
+        not count as a step.
         """
         if self.state:
             return False
@@ -58,7 +58,7 @@ class Wrapper(Optimizer):
         return not any_entry_of(p.grad for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that belong to no node group, such as adapters or layers once frozen; names are optional."""
+        """Add parameters that belong to no node group, such as adapters or unfrozen layers; names are optional."""
         if any(param_group is group for group in self.base.param_groups):  # from Optimizer.__init__
             self.param_groups.append(param_group)
             return
@@ -74,17 +74,20 @@ class Wrapper(Optimizer):
         self._renew()
 
     def train(self, mode: bool = True) -> None:
-        """Passed on to optimizers that have two modes, such as schedule-free ones."""
+        """Set the mode of wrapped optimizers that have two modes, such as schedule-free ones."""
         switch = getattr(self.base, "train" if mode else "eval", None)
         if switch is not None:
             switch()
 
     def eval(self) -> None:
-        """Passed on to optimizers that have two modes, such as schedule-free ones."""
+        """As ``train(False)``."""
         self.train(False)
 
     def consolidate_state_dict(self, *args: Any, **keywords: Any) -> None:
-        """Passed on to optimizers that shard their state (``ZeroRedundancyOptimizer``); before ``state_dict()``."""
+        """Call the method of wrapped optimizers that shard their state (``ZeroRedundancyOptimizer``).
+
+        Call it before ``state_dict()``, as with these.
+        """
         gather = getattr(self.base, "consolidate_state_dict", None)
         if gather is not None:
             gather(*args, **keywords)
@@ -93,4 +96,4 @@ class Wrapper(Optimizer):
         self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
 
     def _renew(self) -> None:
-        """Parameters or atoms were replaced: discard what was derived from them."""
+        """Discard values derived from parameters or atoms, after these were replaced."""

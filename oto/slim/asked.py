@@ -1,11 +1,12 @@
-"""Which segments a class can leave out, asked before anything is trained: what it cannot leave out stays whole.
+"""Determine before training which segments a class can leave out; the others stay whole.
 
-What every module that lies in a segment takes and gives is known from the run that was analyzed. A copy of the model is
-run without data and without all segments that this leaves, since code around one may read its weight, or what its
-forward leaves behind; only if that fails, half of them are left out, and so on. What could not be left out so is left
-out of a copy with data, as :mod:`oto.slim.erased` will do it: there a module around it may do what it cannot.
+The arguments and results of every module in a segment are known from the analyzed run. The segments whose results can
+be replaced are left out of a copy of the model, which is run without data, since code around a segment may read its
+weight or a side effect of its forward. Only if this fails, half of the segments are left out, and so on. Segments that
+cannot be left out in this way are left out of a copy with data, as in :mod:`oto.slim.erased`: there, a module around
+such a segment may be replaced instead.
 
-Of segments that are concatenated with others the copy also lacks the columns that read them. As many go at once as may.
+For concatenated segments, the copy also lacks the columns that read them. As many as possible are left out at once.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def needed(
     calls: Mapping[str, Sequence[Taken]],
     own: OwnClass | None = None,
 ) -> dict[str, str]:
-    """The segments that a class cannot do without, each alone, and why; none where it cannot be asked.
+    """The segments that a class cannot leave out, each on its own, with the reason.
 
     Args:
-        calls: What each module took and gave in the run that was analyzed.
-        own: What the class needs, if it was searched.
+        calls: The calls of each module in the analyzed run.
+        own: What the class needs, if this was searched for.
     """
     graph = partition.found.graph
     modules, widths = Modules.of(graph), Widths.whole(partition)
@@ -106,7 +107,7 @@ def needed(
 
 @dataclass(eq=False)
 class _Asking:
-    """A class that is asked by copies which are thrown away."""
+    """Tests a class by running copies that are discarded."""
 
     model: nn.Module
     partition: Partition
@@ -115,11 +116,11 @@ class _Asking:
 
     @cached_property
     def held(self) -> Snapshot:
-        """Snapshot of what the model holds, some of which its copies share."""
+        """Snapshot of the model's state, some of which its copies share."""
         return Snapshot(self.model, self.dummy_input)
 
     def failing(self, erased: _Erased) -> dict[str, str]:
-        """The segments without which a copy fails when it is run without data, and why."""
+        """The segments without which a copy fails when it is run without data, with the reason."""
         model, mode = self.model, self.partition.found.graph.mode
         tensors = tensors_of(model, self.partition)
         fast = has_fast_path(model) and not on_meta(model)
@@ -134,7 +135,7 @@ class _Asking:
             except EmitterError as refused:
                 return refused
             failed = follow(copy, self.dummy_input, known, mode)[1]
-            if failed is None and fast:  # not taken without data
+            if failed is None and fast:  # fast paths are not taken without data
                 failed = failure_without(model, modules, tensors, Edits(), self.dummy_input)
             return failed
 
@@ -142,7 +143,7 @@ class _Asking:
         joints = {segment.name: calls[segment.joint].module for segment in self.partition.segments}
         rounds: list[dict[str, str]] = []
         for name in erased:
-            # one that is gone may keep a layer off its fast path, which reads the weights of another
+            # a removed segment may keep a layer from its fast path, which reads the weights of another segment
             free = next((own for own in rounds if not fast or joints[name] not in own.values()), None)
             if free is None:
                 rounds.append(free := {})
@@ -150,7 +151,7 @@ class _Asking:
         return self._why(failures for names in rounds for failures in _alone(list(names), without).items())
 
     def failing_beside(self, erased: _Erased) -> dict[str, str]:
-        """The segments concatenated with others without which a thin copy fails when it is run, and why."""
+        """The concatenated segments without which a thin copy fails when it is run, with the reason."""
         model, partition = self.model, self.partition
 
         def without(names: Sequence[str]) -> Exception | None:
@@ -162,7 +163,7 @@ class _Asking:
             made = [i for i in passed if self.own is None or i not in self.own.calls.by_node]
             try:
                 edits = leaving_out(plan_edits(model, pruned, self.own, passed), modules, model)
-                # without data torch makes some of the calls that it refuses with data
+                # without data, torch accepts some calls that it refuses with data
                 if (not made and self._runs_on_meta(thin, edits)) or on_meta(model):
                     return None
             except EmitterError as refused:
@@ -173,16 +174,17 @@ class _Asking:
         return self._why(failures for names in rounds for failures in _alone(names, without).items())
 
     def _runs_on_meta(self, shapes: Mapping[Leaf, Sequence[int]], edits: Edits) -> bool:
-        """Whether a copy runs with shapes only: faster than to record it.
+        """Whether a copy runs with shapes only, which is faster than recording it.
 
         Args:
-            shapes: Those of tensors of the model that differ.
+            shapes: The shapes of the tensors that are thinner than in the model.
+            edits: The edits of the copy.
         """
         copy = None if self.own is None else self.own.copy
         light = {
             name: torch.empty(shapes.get(leaf, leaf.value.shape), dtype=leaf.value.dtype, device="meta")
             for leaf in self.partition.found.graph.leaves
-            if copy is None or leaf in shapes or leaf.kind == "constant"  # whose numbers such a copy holds
+            if copy is None or leaf in shapes or leaf.kind == "constant"  # such a copy holds data for constants
             for name in leaf.names[: None if copy is None else 1]
         }
         if copy is None:
@@ -193,12 +195,17 @@ class _Asking:
         return {
             name: f"without it a {type(self.model).__name__} fails: {first_line(failure)}"
             for name, failure in failures
-            if not isinstance(failure, EmitterError)  # of a copy, or of numbers in a cache, which is told apart
+            if not isinstance(failure, EmitterError)  # copying failed, or numbering a cache, checked elsewhere
         }
 
 
 def _alone(names: Sequence[str], without: Callable[[Sequence[str]], Exception | None]) -> dict[str, Exception]:
-    """Of segments without which a copy may fail those without which alone it does, found by halves."""
+    """The segments without which a copy fails when each alone is left out, found by bisection.
+
+    Args:
+        names: The candidates.
+        without: Returns the failure of a copy without some segments, or ``None``.
+    """
     failure = without(names)
     if failure is None or len(names) == 1:
         return {} if failure is None else {names[0]: failure}
@@ -207,7 +214,7 @@ def _alone(names: Sequence[str], without: Callable[[Sequence[str]], Exception | 
 
 
 def _rounds(partition: Partition, names: list[str]) -> Iterator[list[str]]:
-    """Segments that may go together, until each was among some."""
+    """Divide segments into sets that can be left out together."""
     sets = not_all(partition) if names else []
     while names:
         _, back = legal(partition, {name: np.arange(0) for name in names}, sets)
@@ -217,7 +224,7 @@ def _rounds(partition: Partition, names: list[str]) -> Iterator[list[str]]:
 
 
 def _stuck(model: nn.Module, partition: Partition, segments: Sequence[Segment], dummy_input: Example) -> set[str]:
-    """The segments that a copy with data cannot do without; it is believed of one that has no data that it can."""
+    """The segments that a copy with data cannot leave out; empty for models without data."""
     if on_meta(model) or not segments:
         return set()
     zero = {name for segment in segments for leaf in segment.writers for name in leaf.names}

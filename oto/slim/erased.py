@@ -1,13 +1,15 @@
-"""Leave erased segments out of a copy of the user's module: what is not run any more is replaced by what gives zeros,
-or what it is given, in its own signature.
+"""Leave erased segments out of a copy of the user's module, by replacing the forwards of modules in them.
 
-A module is replaced if all of its calls are in erased segments, or are joints of these; or if what is left of it are a
-few functions of what it is given, as the ReLU behind the joint of a ResNet's block. What it takes and gives is learned
-by running the thin copy once; where that cannot be said for every size, its children are replaced instead.
+A replaced module keeps its signature, and returns zeros or one of its arguments.
 
-A module of a segment that is concatenated with others gives no entry along that dimension; or an empty vector, which
-``torch.cat`` passes over, where its other sizes do not follow from what it is given. Such a segment is still in the
-thin copy that is run to learn of it: no layer has no channel.
+A module is replaced if all of its calls are in erased segments or are joints of these; or if only a few functions of an
+argument are left of it, such as the ReLU after the joint of a ResNet's block. Its arguments and results are observed by
+running the thin copy once. If the result cannot be derived from the arguments for every size, the module's children
+are replaced instead.
+
+A module of a concatenated segment returns a tensor without entries along the concatenated dimension; or an empty
+vector, which ``torch.cat`` ignores, if its other sizes cannot be derived from an argument. Such a segment is still
+present in the thin copy that is observed, since a layer cannot have zero channels.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _FUNCTIONS: Mapping[object, str] = {
     aten.silu.default: "silu",
     aten.gelu.default: "gelu",
 }
-"""Operators that may be left of a block, by the names of :data:`oto.nn.erased.THEN`."""
+"""Functions that may be left of a block, with their names in :data:`oto.nn.erased.THEN`."""
 
 _POOLS: Collection[object] = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool2d_with_indices.default}
 _OF_CHANNELS: Collection[object] = {
@@ -63,7 +65,7 @@ _OF_CHANNELS: Collection[object] = {
 """Operators that refuse a tensor without channels."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_MOST_WINDOWS = 3  # dimensions behind the channels, as recipes have them
+_MOST_WINDOWS = 3  # the maximum number of dimensions after the channels in a recipe
 
 Given: TypeAlias = Tensor | Shape
 
@@ -73,8 +75,8 @@ class Erasures:
     """How segments are left out of a class.
 
     Attributes:
-        erased: For each path of a module that is replaced, the arguments of :class:`oto.nn.ErasedForward`.
-        needed: Segments that the class cannot do without.
+        erased: By the path of each replaced module, the arguments of :class:`oto.nn.ErasedForward`.
+        needed: Segments that the class cannot leave out.
     """
 
     erased: Mapping[str, dict[str, Any]]
@@ -89,12 +91,14 @@ def plan(
     edits: Edits,
     dummy_input: Any,
 ) -> Erasures:
-    """Find out which modules are replaced, and by what.
+    """Determine which modules are replaced, and how.
 
     Args:
-        widths: Those of the slim model, and of the thin copy that shows what modules take and give.
-        gone: The segments that are left out.
-        tensors, edits: Those of the thin copy.
+        model: The full model.
+        widths: The sizes in the slim model, and in the thin copy that is observed.
+        gone: The segments to leave out.
+        tensors, edits: The tensors and edits of the thin copy.
+        dummy_input: The example input.
     """
     learned = _learned(widths, Modules.of(widths.partition.found.graph), gone)
     thin = slim_copy(model, tensors, edits).eval()
@@ -106,10 +110,10 @@ def plan(
 def plan_each(
     model: nn.Module, partition: Partition, segments: Sequence[Segment], tensors: Mapping[str, Tensor], dummy_input: Any
 ) -> list[Erasures]:
-    """The same for every segment alone, learned in a single run.
+    """:func:`plan` for every segment on its own, from a single run.
 
     Args:
-        tensors: Those of the model, in which what all of the segments write is zero.
+        tensors: The model's tensors, in which the writers of all segments are zero.
     """
     graph, widths = partition.found.graph, Widths.whole(partition)
     modules = Modules.of(graph)
@@ -135,13 +139,16 @@ def failure_without(
     edits: Edits,
     dummy_input: Any,
 ) -> Exception | None:
-    """What a copy raises when some modules compute nothing, such as where code around one reads its weight.
+    """The exception that a copy raises without some modules, for example since code around one reads its weight.
+
+    ``None`` if the copy runs.
 
     Args:
-        tensors, edits: Those of the thin copy.
+        erased: See :class:`Erasures`.
+        tensors, edits: The tensors and edits of the thin copy.
 
     Raises:
-        EmitterError: Layers of several kinds are numbered, as for :func:`leaving_out`.
+        EmitterError: As in :func:`leaving_out`.
     """
     left = leaving_out(edits, erased, model)
     try:
@@ -156,12 +163,12 @@ def failure_without(
 
 
 def has_fast_path(model: nn.Module) -> bool:
-    """Whether layers of torch read the weights of their children, in eval mode, to decide on a faster kernel."""
+    """Whether the model has layers of torch that read their children's weights in eval mode to use a faster kernel."""
     return any(isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) for module in model.modules())
 
 
 def outermost(erased: Iterable[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """What is replaced for any of several segments, without what lies in another of them."""
+    """The modules that are replaced for any of several segments, without those inside other replaced modules."""
     found: dict[str, dict[str, Any]] = {}
     for path, how in sorted((item for own in erased for item in own.items()), key=lambda item: len(item[0])):
         if not _is_inside(path, found):
@@ -170,7 +177,7 @@ def outermost(erased: Iterable[Mapping[str, dict[str, Any]]]) -> dict[str, dict[
 
 
 def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
-    """The calls that are not made for what is concatenated with others, each with that dimension, counted from -1."""
+    """The calls in concatenated segments, each with the concatenated dimension, which is negative."""
     found: dict[int, int] = {}
     for segment in sorted((s for s in segments if s.axes), key=lambda segment: len(segment.body)):
         joint = graph.calls[segment.joint]
@@ -179,7 +186,7 @@ def beside(graph: Graph, segments: Iterable[Segment]) -> dict[int, int]:
 
 
 def refusing(graph: Graph, gone: Iterable[Segment]) -> list[int]:
-    """The calls between modules that are left out and a concatenation that torch refuses to make without channels."""
+    """The calls between replaced modules and a concatenation that torch refuses for tensors without channels."""
     laid = [segment for segment in gone if segment.axes]
     if not laid:
         return []
@@ -195,13 +202,13 @@ def refusing(graph: Graph, gone: Iterable[Segment]) -> list[int]:
 
 
 def _refuses_nothing(node: Node) -> bool:
-    """Whether torch refuses to make a call without channels."""
+    """Whether torch refuses a call for tensors without channels."""
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     return node.op in _OF_CHANNELS or (node.op is aten.pad.default and mode != "constant")
 
 
 def _learned(widths: Widths, modules: Modules, gone: Sequence[Segment]) -> Learned:
-    """What is to be learned of the modules, to leave some segments out."""
+    """An observer of modules with which some segments are left out; it has not observed a run yet."""
     graph = widths.partition.found.graph
     calls, added = not_computed(gone), [segment for segment in gone if not segment.into]
     held = [segment for segment in added if overwritten(graph, segment, gone)]
@@ -214,7 +221,7 @@ def _learned(widths: Widths, modules: Modules, gone: Sequence[Segment]) -> Learn
 
 
 def _decided(learned: Learned, thin: nn.Module, gone: Sequence[Segment]) -> Erasures:
-    """How segments are left out, by what was learned."""
+    """How segments are left out, given the observed run."""
     modules = learned.modules
     erased: dict[str, dict[str, Any]] = {}
     stuck: set[int] = set()
@@ -231,10 +238,13 @@ def _decided(learned: Learned, thin: nn.Module, gone: Sequence[Segment]) -> Eras
 
 
 def leaving_out(edits: Edits, erased: Mapping[str, dict[str, Any]], model: nn.Module) -> Edits:
-    """The edits with modules replaced, and with nothing said of what is in them.
+    """The edits with replaced modules, and without edits inside of these.
+
+    Args:
+        erased: See :class:`Erasures`.
 
     Raises:
-        EmitterError: Layers of several kinds are numbered, and a cache could not tell them apart.
+        EmitterError: A layer would get the number of a layer of another kind in a cache.
     """
 
     def left(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,7 +269,14 @@ def _is_inside(path: str, outer: Collection[str]) -> bool:
 
 
 def renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str, int]]:
-    """The places in a cache of the layers that are left, which are counted from zero without a gap."""
+    """The new numbers of remaining layers in a cache, which are counted from zero without gaps.
+
+    Yields:
+        The path of each layer whose number changes, and its new number.
+
+    Raises:
+        EmitterError: A layer would get the number of a layer of another kind.
+    """
     numbered: dict[type[nn.Module], dict[str, int]] = {}
     for path, module in model.named_modules():
         if type(number := vars(module).get("layer_idx")) is int and not is_erased(module):
@@ -283,9 +300,9 @@ def renumbered(model: nn.Module, erased: Collection[str]) -> Iterator[tuple[str,
 def _left(
     graph: Graph, modules: Modules, gone: Sequence[Segment], calls: Collection[int]
 ) -> dict[str, tuple[str, ...]]:
-    """The modules of which functions of a joint's result are left, and these in their order.
+    """The modules of which only functions of a joint's result are left, with the names of these in order.
 
-    A ReLU that writes into what it is given, and is given what a ReLU made, changes nothing, and is not among them.
+    An in-place ReLU of a ReLU's result changes nothing, and is left out.
     """
     nodes, trained = {node.index: node for node in graph.nodes}, {node.index: node for node in graph.calls}
     at = {segment.joint: segment for segment in gone}
@@ -295,7 +312,7 @@ def _left(
         rest = [i for i in every if i in nodes]
         if not path or not rest or own.isdisjoint(at) or any(nodes[i].op not in _FUNCTIONS for i in rest):
             continue
-        besides = [trained[i].op for i in every if i not in nodes]  # in train mode, which may drop entries out
+        besides = [trained[i].op for i in every if i not in nodes]  # calls of train mode, which may include dropout
         if graph.trained is not None and besides != [nodes[i].op for i in rest]:
             continue
         last = at[max(own & at.keys())]
@@ -313,7 +330,7 @@ def _left(
 
 
 def _is_rectified(graph: Graph, value: Value, at: Mapping[int, Segment]) -> bool:
-    """Whether a value is what a ReLU made, as it is or through joints that are gone or pooling."""
+    """Whether a value is the result of a ReLU, possibly after max pooling or joints of removed segments."""
     maker = {v: n for n in graph.nodes for v in (*n.outputs, *(new for _, new in n.written)) if v is not None}
     while (node := maker.get(value)) is not None:
         if node.op in (aten.relu.default, aten.relu_.default):
@@ -329,14 +346,17 @@ def _is_rectified(graph: Graph, value: Value, at: Mapping[int, Segment]) -> bool
 
 @dataclass(eq=False)
 class Learned:
-    """What modules take and give.
+    """The observed arguments and results of modules, and how these can be replaced.
 
     Attributes:
-        ends: Paths of modules in which a joint gives its other argument, and whether as a copy.
+        ends: Paths of modules that contain a joint which returns its other argument, and whether as a copy.
+        modules: The calls of each module.
         calls: The calls that are not made.
-        functions: Paths of modules of which some functions are left.
-        widths: What the dimensions of what they take and give are made of.
-        beside: The calls that are not made for what is concatenated with others, each with that dimension.
+        functions: Paths of modules of which some functions are left, with the names of these.
+        widths: The terms of the dimensions of their arguments and results.
+        beside: The calls in concatenated segments, each with the concatenated dimension.
+        found: For each observed call of a module, the arguments of :class:`oto.nn.ErasedForward`, or ``None``.
+        takes: The positional parameters of each class's forward.
     """
 
     ends: Mapping[str, Mapping[str, bool]]
@@ -349,7 +369,7 @@ class Learned:
     takes: dict[type[nn.Module], list[str]] = field(default_factory=dict, repr=False)
 
     def watch(self, thin: nn.Module) -> list[RemovableHandle]:
-        """Look at every module of a model that is not run any more, when it runs for the last time."""
+        """Add hooks that observe the modules to replace when the model is run."""
         handles: list[RemovableHandle] = []
         for path, module in thin.named_modules():
             if path and self._is_gone(path):
@@ -361,7 +381,7 @@ class Learned:
         return handles
 
     def read(self, model: nn.Module, calls: Mapping[str, Sequence[Taken]]) -> None:
-        """Learn from a run that was watched; it says nothing of the functions that are left, which need numbers."""
+        """Use the calls of an earlier run. They hold only shapes, so functions that are left cannot be checked."""
         for path, own in calls.items():
             if self._is_gone(path):
                 module = model.get_submodule(path)
@@ -371,7 +391,9 @@ class Learned:
         return path in self.functions or self.modules.calls.get(path, {-1}) <= self.calls
 
     def outermost(self, thin: nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """The outermost modules in one that can be replaced; with ``None``, one that cannot, and has no children.
+        """The outermost replaceable modules in ``path``, each with its replacement.
+
+        A module that cannot be replaced and has no children is given with ``None``.
 
         Args:
             thin: Any model whose modules have the same paths.
@@ -387,7 +409,7 @@ class Learned:
             yield from self.outermost(thin, child)
 
     def whole(self, path: str) -> dict[str, Any] | None:
-        """How a module is replaced; ``None`` if that is not known, or differs from call to call."""
+        """The replacement of a module; ``None`` if it is not known, or differs between calls."""
         found = self.found.get(path, [None])
         return found[0] if all(how == found[0] for how in found) else None
 
@@ -399,14 +421,14 @@ class Learned:
         return None if gives is None else {"takes": takes, "gives": gives}
 
     def _takes(self, kind: type[nn.Module]) -> list[str]:
-        """The positional parameters of a forward."""
+        """The names of the positional parameters of a forward."""
         if kind not in self.takes:
             parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
             self.takes[kind] = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return self.takes[kind]
 
     def _recipe(self, path: str, module: nn.Module, given: Mapping[str, Given], x: Any) -> dict[str, Any] | None:
-        """How a result follows from tensors; ``None`` if that is not known for every size."""
+        """The recipe that derives a result from argument tensors; ``None`` if it is not known for every size."""
         if type(x) in (tuple, list):
             items = [self._recipe(path, module, given, item) for item in x]
             return None if None in items else {"items": items, "list": isinstance(x, list)}
@@ -429,7 +451,7 @@ class Learned:
     def _zeros(
         self, own: Collection[int], module: nn.Module, name: str, given: Given, x: Given
     ) -> dict[str, Any] | None:
-        """Zeros in place of a result, of the shape of an argument or of a stated size."""
+        """The recipe for zeros of a result's shape, derived from that of an argument; ``None`` if it cannot be."""
         if (apart := self.widths.apart(own, given, x)) is not None and -apart[0] <= _MOST_WINDOWS + 1:
             dim, size = apart
             if dim == -1:
@@ -445,7 +467,7 @@ class Learned:
 
 
 def _has_window(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
-    """Whether a module is a convolution whose sizes follow from those that it is given."""
+    """Whether a module is a convolution whose output sizes can be computed from its input's."""
     return isinstance(module, _CONVOLUTIONS) and not isinstance(module.padding, str)
 
 
@@ -455,7 +477,7 @@ def _windowed(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, name: str, channels: in
 
 
 def _nothing(module: nn.Module, name: str, given: Given, x: Given, dim: int) -> dict[str, Any]:
-    """A result without any entry along a dimension."""
+    """The recipe for a result without entries along a dimension."""
     if x.ndim == given.ndim >= -dim and all(x.shape[i] == given.shape[i] for i in range(-x.ndim, 0) if i != dim):
         return {"zeros": name, "none": dim}
     if _has_window(module) and dim == -len(module.kernel_size) - 1:
@@ -464,14 +486,14 @@ def _nothing(module: nn.Module, name: str, given: Given, x: Given, dim: int) -> 
 
 
 def _is_a_size(x: Any, given: Mapping[str, Given]) -> bool:
-    """Whether a number may be a size of what a module is given, and so another one for another input."""
+    """Whether a number may be a size of an argument, so that it may differ for another input."""
     return type(x) is int and any(x in own.shape or x == own.numel() for own in given.values())
 
 
 def _gives(x: Given, own: Given, names: Sequence[str]) -> bool:
-    """Whether a tensor holds what functions make of another one."""
+    """Whether a tensor equals the result of some functions of another one."""
     if not isinstance(x, Tensor) or not isinstance(own, Tensor):
-        return False  # of shapes nothing is known
+        return False  # of an earlier run, only shapes are known
     for name in names if own.is_floating_point() else ():
         own = THEN[name](own)
     return x.shape == own.shape and x.dtype == own.dtype and torch.equal(x, own)

@@ -1,4 +1,4 @@
-"""What the pickle of a slim model needs to be loaded."""
+"""Find the modules of a slim model whose pickle needs ``oto`` to be loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from oto.slim.provenance import REMEMBERED
 
 
 def needs_oto(model: nn.Module) -> list[str]:
-    """Why ``torch.load`` of a model that ``torch.save`` wrote imports ``oto``: the modules, each with what it needs.
+    """The modules for which ``torch.load`` of a model saved by ``torch.save`` imports ``oto``, each with the reason.
 
-    Empty for a slim model whose classes are all torch's or the user's own, as most convolutional ones are: it loads
-    wherever the full model does.
+    Empty for a slim model whose classes are all torch's or the user's own, as for most convolutional networks: it can
+    be loaded wherever the full model can.
     """
     return [
         f"{path or 'the model'} ({', '.join(names)})"

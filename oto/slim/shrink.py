@@ -1,4 +1,4 @@
-"""Make the model slim in the middle of training: in its own class, and proved equal in train mode too."""
+"""Make the model slim during training: in its own class, and proved equal in eval and train mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from oto.trace.record import record
 log = logging.getLogger(__name__)
 
 Entries = Sequence[NDArray[np.int64] | None]
-"""For each dimension of a tensor the entries that are kept; ``None`` where all are."""
+"""For each dimension of a tensor, the kept entries; ``None`` if all are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ class Shrunk:
 
     Attributes:
         model: The slim model, of the original class and in the same mode as the full one.
-        parameters: For each parameter that is left, by the first name that is left of it, its slim form. One that is
-            tied is gone only if all that hold it went with segments.
-        averages: Averages of the full model's weights, and their slim forms.
+        parameters: The kept entries of each remaining parameter, by its first remaining name. A tied parameter is
+            removed only if all modules that hold it are removed with segments.
+        averages: Pairs of an average of the full model's weights, and its slim form.
         needed: Names of segments that the class cannot leave out; it computes them, though they are zero.
     """
 
@@ -58,9 +58,9 @@ class Shrunk:
 
 
 def become(model: nn.Module, slim: nn.Module) -> None:
-    """Turn ``model`` into the slim one in place, so that whatever holds it keeps working."""
+    """Turn ``model`` into the slim one in place, so that existing references to it stay valid."""
     model.__class__ = type(slim)
-    model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim one
+    model.__dict__ = slim.__dict__  # shared, as parts of it may refer back to the slim model
     if "save_pretrained" in vars(model):
         vars(model)["save_pretrained"] = Unstated(model)
 
@@ -69,14 +69,14 @@ def shrunk(source: Source, averages: Iterable[Any] = ()) -> Shrunk:
     """Make the slim model in the model's own class from the full one's parameters, and prove it in both modes.
 
     Args:
-        source: In its model, all atoms except those in ``kept`` are zero. With a recipe, the model's config states the
-            sizes from then on, and makes the slim model's class.
-        averages: Averages of the weights, or what holds them; their removed atoms need not be zero.
+        source: The full model, in which all atoms except those in ``kept`` are zero. With a recipe, the sizes are
+            written to the model's config, from which the slim class can be made.
+        averages: Averages of the weights, or their wrappers; their removed atoms need not be zero.
 
     Raises:
-        ShrinkError: The class cannot express it, or not with the parameters that the optimizer knows; the config cannot
-            state it; or an average does not belong to this model.
-        VerificationError: The slim model computes something else.
+        ShrinkError: The class cannot express the slim model, or only with rescaled parameters; its config cannot state
+            the sizes; or an average does not belong to this model.
+        VerificationError: The slim model computes something else than the full one.
     """
     model, partition = source.model, source.partition
     try:
@@ -122,7 +122,7 @@ class Again:
 
     Attributes:
         partition, groups, branches: As in :class:`oto.analysis.Analysis`.
-        own: What its class needs, if that was searched.
+        own: What its class needs, if this was searched for.
     """
 
     partition: Partition
@@ -134,12 +134,13 @@ class Again:
 def analyzed_again(
     slim: nn.Module, source: Source, groups: Sequence[NodeGroup], allow_graph: bool, asked: bool
 ) -> Again:
-    """The analysis of a slim model, in which only groups may lose atoms that could before.
+    """Analyze a slim model; only node groups that could lose atoms before are prunable.
 
     Args:
-        source: What the slim model was made from.
+        slim: The slim model.
+        source: The source that it was made from.
         groups: Node groups of the full model.
-        allow_graph: Whether to prune also what the class cannot express.
+        allow_graph: Whether groups may be pruned that the class cannot express.
         asked: Whether to search for what the class needs.
     """
     before, given = source.partition, source.dummy_input
@@ -159,10 +160,10 @@ def analyzed_again(
 
 
 def _parameters(model: nn.Module, slim: nn.Module, pruned: PrunedShapes, gone: Collection[str]) -> dict[str, Entries]:
-    """The entries that are left of each parameter, by the first name that is left of it.
+    """The kept entries of each remaining parameter, by its first remaining name.
 
     Raises:
-        ShrinkError: The slim model holds something else than these entries.
+        ShrinkError: A parameter of the slim model holds other values than these entries.
     """
     leaves = {name: leaf for leaf in pruned.found.graph.leaves for name in leaf.names}
     left: dict[int, tuple[str, Tensor]] = {}
@@ -188,11 +189,12 @@ def names_of(model: nn.Module) -> frozenset[str]:
 
 
 def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: PrunedShapes) -> None:
-    """Set the sizes of the slim model in the config, wherever a module holds it.
+    """Add edits that set the sizes of the slim model in the config of every module that holds it.
 
     Raises:
-        EmitterError: No fields of the config state them.
-        ShrinkError: The model holds no config; or a norm would still divide by the full count, which no config states.
+        EmitterError: No fields of the config state the sizes.
+        ShrinkError: The model holds no config; or a norm would still divide by the full count, which configs cannot
+            state.
     """
     name = type(model).__name__
     whole = dict(fields(recipe.config))
@@ -222,7 +224,11 @@ def _state_in_config(edits: Edits, model: nn.Module, recipe: Recipe, pruned: Pru
 
 
 def average_in(wrapper: Any, model: nn.Module) -> nn.Module:
-    """The average of a model's weights that a wrapper holds, or that it is itself."""
+    """The average of a model's weights: ``wrapper`` itself, or the module that it wraps.
+
+    Raises:
+        ShrinkError: There is no module with parameters of the model's names and shapes.
+    """
     shapes = {name: p.shape for name, p in model.named_parameters()}
     inner = holder(wrapper, shapes)
     if inner is None or {n: p.shape for n, p in inner.named_parameters()} != shapes:
@@ -252,9 +258,10 @@ def labels_of(group: NodeGroup) -> Labels:
 def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, list[NodeGroup]]:
     """For each node group of one analysis, the groups of a finer analysis of the same model that it consists of.
 
-    A slim model may be analyzed more finely: the widths of query and value are one group if a single weight holds both
+    The analysis of a slim model may be finer: the widths of query and value are one group if a single weight holds both
     in equal parts, and two if they are stated separately. A group that does not consist of others is left out. A
-    segment is the one of the same parameters, or of these and others, which it shared with a segment that is gone.
+    segment corresponds to the smallest one with the same writers that has all of its parameters, and possibly others
+    that it shared with a removed segment.
     """
     segments = [part for part in fine if part.segment]
     same = {group.name: _same_segment(group, segments) for group in whole if group.segment}
@@ -287,7 +294,7 @@ def parts(whole: Sequence[NodeGroup], fine: Sequence[NodeGroup]) -> dict[str, li
 
 def _same_segment(group: NodeGroup, segments: Sequence[NodeGroup]) -> NodeGroup | None:
     written, own = ({piece.parameter for piece in pieces} for pieces in (group.zeros, group.slices))
-    if not own:  # it is gone
+    if not own:  # it was removed
         return None
     like = [(part, {piece.parameter for piece in part.slices}) for part in segments]
     like = [
@@ -299,11 +306,13 @@ def _same_segment(group: NodeGroup, segments: Sequence[NodeGroup]) -> NodeGroup 
 
 
 def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tuple[NodeGroup, ...]:
-    """The node groups of a slim model, of which only those may lose atoms that could before.
+    """The node groups of a slim model, with the limits that they had in the full one.
+
+    Groups that could not lose atoms before stay whole.
 
     Args:
-        before: The groups of the full model, as they lie in the slim one.
-        after: The groups that the slim model's own analysis found.
+        before: The groups of the full model, with their slices in the slim one.
+        after: The groups that the analysis of the slim model found.
     """
     made = parts(before, after)
     was = {part.name: group for group in before for part in made.get(group.name, ())}
@@ -320,19 +329,19 @@ def same_groups(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> tupl
             quiet=group.quiet and old.quiet,
             tie=old.tie,
             divisor=old.divisor,
-            among=old.among,  # how many of a run stay was counted in the full model
+            among=old.among,  # the number of a run's members that stay refers to the full model
         )
 
     return tuple(map(restricted, after))
 
 
 def require_there(before: Sequence[NodeGroup], after: Sequence[NodeGroup]) -> None:
-    """Refuse a slim model in which a node group that could lose more atoms no longer can.
+    """Check that node groups that could lose more atoms still can in the slim model.
 
-    A segment could not, where so many of those of its joint or its run are gone that the others have to stay.
+    Segments are not checked if so many of their joint or run are removed that the others must stay.
 
     Raises:
-        ShrinkError: There is one.
+        ShrinkError: A group no longer can.
     """
     made = parts(before, after)
     members = Counter(name for group in before if group.size for name, _ in group.among)

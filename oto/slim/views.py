@@ -1,10 +1,10 @@
-"""Members of a family in one memory: the full tensors with the kept sets sorted first, and members as views of them.
+"""Members of a family in shared memory: full tensors with kept atoms sorted first, and members as views of them.
 
-If the atoms of every group are sorted by how many members keep them, a member keeps the first ones, and its tensors are
-``full[:k]`` along the dimensions that get thinner: views, which cost no memory, so that a server may hold all members
-and route by load. Sorting the atoms of a group changes the order of sums and nothing else, which is checked. A
-dimension that is a product or a sum of axes (the inner width of heads, a fused projection) cannot be cut from its
-front; there the member holds a copy.
+If the atoms of every group are sorted by the number of members that keep them, a member keeps the first ones, and its
+tensors are ``full[:k]`` along the dimensions that get thinner. Such views need no memory, so a server can hold all
+members and route by load. Sorting the atoms of a group only changes the order of sums, which is checked. If a dimension
+is a product or a sum of axes (the inner width of heads, a fused projection), the kept entries are not its first ones;
+there the member holds a copy.
 
 Example: of atoms ``[a b c d]`` with ``b, d`` in every member and ``a`` in the larger one, the order is ``[b d a c]``.
 """
@@ -30,17 +30,17 @@ from oto.slim.pruned_shapes import PrunedShapes
 from oto.slim.source import Source
 
 Orders = Mapping[str, NDArray[np.int64]]
-"""For each prunable group, which of its atoms comes first, second, ..."""
+"""For each prunable group, its atoms in the new order, int64."""
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A member whose tensors lie in those of the sorted full model.
+    """A member whose tensors are views of those of the sorted full model.
 
     Attributes:
         net: The module, in eval mode.
-        copied: The names of parameters that are copies, since no view can express them.
-        copied_bytes: How many bytes these take.
+        copied: The names of parameters that are copies, since they cannot be views.
+        copied_bytes: Memory of these copies in bytes.
     """
 
     net: nn.Module
@@ -52,7 +52,8 @@ def sorted_copy(model: nn.Module, source: Source, orders: Orders) -> nn.Module:
     """A copy of a model with the atoms of its groups in other orders.
 
     Args:
-        source: What the analysis of the model is.
+        source: The analysis of the model.
+        orders: See :data:`Orders`.
     """
     axes: dict[Axis, NDArray[np.int64]] = {source.partition.axes[name]: own for name, own in orders.items()}
     tensors: dict[str, Tensor] = {}
@@ -74,13 +75,13 @@ def view_of(store: nn.Module, masked: nn.Module, plain: Source, orders: Orders) 
 
     Args:
         store: The full model, sorted.
-        masked: The full model, unsorted, in which all that the member does not keep is zero.
-        plain: What the member is made from; ``plain.model`` is ``store``, and ``plain.kept`` its atoms, unsorted.
-        orders: As the store was sorted.
+        masked: The full model, unsorted, in which all atoms that the member does not keep are zero.
+        plain: The source of the member; ``plain.model`` is ``store``, and ``plain.kept`` its atoms, unsorted.
+        orders: The orders in which ``store`` is sorted.
 
     Raises:
-        EmitterError: The class cannot express it.
-        VerificationError: Sorting changes what the model computes.
+        EmitterError: The class cannot express the member.
+        VerificationError: The view computes something else than ``masked``.
     """
     front = {name: np.arange(len(atoms)) for name, atoms in plain.kept.items()}
     source = replace(plain, kept=front)
@@ -97,8 +98,8 @@ def view_of(store: nn.Module, masked: nn.Module, plain: Source, orders: Orders) 
 def _tensors(
     store: nn.Module, masked: nn.Module, pruned: PrunedShapes, gone: Collection[str]
 ) -> tuple[dict[str, Tensor], list[str], int]:
-    """A member's tensors but for those that are gone with segments, the names of those parameters that are copies, and
-    their bytes."""
+    """A member's tensors, without those removed with segments; the names of parameters that are copies; and the bytes
+    of these copies."""
     tensors: dict[str, Tensor] = {}
     copied: list[str] = []
     size = 0
@@ -120,7 +121,7 @@ def _tensors(
 
 
 def _front(full: Tensor, entries: Sequence[NDArray[np.bool_]]) -> Tensor | None:
-    """The entries as a view, if they are the first ones of every dimension."""
+    """The entries as a view if they are the first ones of every dimension, else ``None``."""
     for dim, mask in enumerate(entries):
         k = int(mask.sum())
         if not mask[:k].all():

@@ -1,9 +1,9 @@
 """The traced model: one flat list of ATen calls.
 
-Both tracers (``record`` and ``export``) fill the same :class:`Graph` through a :class:`GraphBuilder`, which turns
-in-place operators into functional ones: a write gives its target a new value, and every other tensor that shares the
-memory gets one through a :func:`write_through` node. Example: ``x.add_(1)`` becomes ``%5 = add_(%4, 1)``, and later
-calls read ``%5``.
+Both tracers (``record`` and ``export``) make a :class:`Graph` with a :class:`GraphBuilder`, which represents in-place
+operators as functional ones: a write gives its target a new value, and gives every other tensor that shares the memory
+a new value through a :func:`write_through` node. Example: ``x.add_(1)`` becomes ``%5 = add_(%4, 1)``, and later calls
+read ``%5``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from oto._torch import tree_leaves, tree_map_only
 from oto.trace.decisions import Script
 
 Mode: TypeAlias = Literal["meta", "fake", "real", "autograd", "export"]
-"""How a graph comes about: of shapes; of shapes and devices; on data; on data, with gradients; by ``torch.export``."""
+"""How a model is traced: with shapes only; with shapes and devices; on data; on data with autograd; by
+``torch.export``."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Value:
-    """One tensor of the graph, written once."""
+    """One tensor of the graph, which is written once."""
 
     index: int
     shape: tuple[int, ...]
@@ -40,12 +41,14 @@ class Node:
     """One ATen call.
 
     Attributes:
-        args, kwargs: As they were passed, with a :class:`Value` in place of each tensor.
-        outputs: The tensors it returns, flattened; ``None`` where it returned no tensor.
-        written: New values of arguments it wrote into and did not return.
+        index: Its position in :attr:`Graph.calls`.
+        op: The operator.
+        args, kwargs: The arguments of the call, with a :class:`Value` in place of each tensor.
+        outputs: The tensors that it returns, flattened; ``None`` for results that are not tensors.
+        written: Pairs of old and new values of arguments that it wrote to and did not return.
         module: Path of the innermost module, ``""`` for the model itself.
         source: ``file:line`` of the innermost frame outside torch.
-        origin: The node of the exported program that it stands for.
+        origin: The node of the exported program that it represents.
     """
 
     index: int
@@ -66,7 +69,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        """The operator, as torch spells it."""
+        """The operator's name in torch."""
         return self.op.__name__ if isfunction(self.op) else str(self.op)
 
     def __str__(self) -> str:
@@ -79,7 +82,9 @@ class Leaf:
     """A tensor that belongs to the model: a parameter, a buffer or a constant.
 
     Attributes:
+        value: Its value before the first call.
         names: Every path under which the model holds it; several if it is tied.
+        kind: ``"parameter"``, ``"buffer"`` or ``"constant"``.
         trainable: Whether it is a parameter with ``requires_grad``.
     """
 
@@ -111,19 +116,19 @@ class Graph:
     Attributes:
         mode: ``"meta"`` or ``"fake"`` (no data was computed), ``"real"`` (the example was run) or ``"export"``.
         trained: The graph of train mode, if it reaches parameters that eval mode does not. Its leaves are those of this
-            graph and its own constants; its values and nodes are numbered on from this graph's.
+            graph and its own constants; the numbers of its values and nodes continue those of this graph.
         untrained: Why the graph of train mode is not known, though it may reach more parameters.
-        dead: Indices of calls whose results are never read: no output depends on them, nor anything that the model
-            keeps or branches on. They only have to run.
-        replaced: Names of tensors that the forward replaces by others: state, of any shape.
-        output_names: Where each output is in what ``forward`` returns: ``"logits"``, ``"hidden.0"``; ``"output"`` if it
-            is all.
-        overwritten: The value of each tensor of the model that was written to, by the value before.
-        enclosed: Values in objects that the forward returns, such as a distribution. They are outputs, too, but are not
-            compared. (A cache, which it takes in as well, is state.)
-        ends: Values that something else than a call reads: code that branches on one, or a tensor of the model that it
-            was written to.
-        script: What the model decided by its data, if it was run on data, so that another run can repeat it.
+        dead: Indices of calls whose results are never read: no output depends on them, and nothing that the model keeps
+            or branches on. They only have to run without error.
+        replaced: Names of tensors that the forward replaces by other tensors: state of any shape.
+        output_names: The position of each output in the result of ``forward``: ``"logits"``, ``"hidden.0"``;
+            ``"output"`` if it is the whole result.
+        overwritten: The final value of each tensor of the model that was written to, by its first value.
+        enclosed: Values in objects that the forward returns, such as a distribution. They are outputs as well, but are
+            not compared. (A cache, which the forward also takes as an argument, is state.)
+        ends: Values that are read other than by a call: by code that branches on them, or by the model, as the final
+            value of one of its tensors.
+        script: The decisions that depended on data, if the model was run on data, so that another run can repeat them.
     """
 
     nodes: tuple[Node, ...]
@@ -143,17 +148,17 @@ class Graph:
 
     @property
     def calls(self) -> tuple[Node, ...]:
-        """All nodes by their index, those of train mode after the others."""
+        """All nodes by index; those of train mode follow the others."""
         return self.nodes if self.trained is None else self.nodes + self.trained.nodes
 
     @property
     def read(self) -> set[Value]:
-        """The values that calls read, or the model returns, in eval mode."""
+        """The values that calls read, or that the model returns, in eval mode."""
         return {value for node in self.nodes for value in node.inputs()}.union(self.outputs)
 
     @property
     def idle(self) -> set[str]:
-        """Names of tensors of the model on which nothing depends in eval mode."""
+        """Names of tensors of the model on which no output depends in eval mode."""
         live = {value for node in self.nodes if node.index not in self.dead for value in node.inputs()}
         live.update(self.outputs)
         return {name for leaf in self.leaves if leaf.value not in live for name in leaf.names}
@@ -165,7 +170,7 @@ class Graph:
         return {name for leaf in self.leaves if leaf.value not in read for name in leaf.names}
 
     def beside(self, other: Graph) -> Graph:
-        """This graph combined with that of the same model in train mode: both read the same leaves."""
+        """This graph with ``trained`` set to that of the same model in train mode, which then reads the same leaves."""
         mine = {name: leaf.value for leaf in self.leaves for name in leaf.names}
         made: dict[Value, Value] = {}
         first = 1 + max((value.index for value in self._values()), default=-1)
@@ -222,13 +227,13 @@ class Graph:
 
 
 def write_through(alias: Value, written: Value) -> Value:
-    """The value of ``alias`` after the tensor ``written``, which shares its memory, was written to."""
+    """Marks that ``alias`` has a new value, as a tensor that shares its memory was written to; never called."""
     raise AssertionError("a marker in the graph, never run")
 
 
 @cache
 def effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
-    """The arguments that ``op`` writes to, and those that its results may share memory with (position and name)."""
+    """The arguments that ``op`` writes to, and those that its results may share memory with, as (position, name)."""
     schema = getattr(op, "_schema", None)
     if schema is None:
         return (), ()
@@ -241,12 +246,24 @@ def effects(op: Callable[..., Any]) -> tuple[tuple[tuple[int, str], ...], tuple[
 
 
 class EnoughError(Exception):
-    """The requested number of calls has been recorded; never leaves this package."""
+    """The requested number of calls has been recorded. Internal to this package: callers catch it."""
 
 
 @dataclass
 class GraphBuilder:
-    """Collects calls on tensors that the caller knows by any hashable key."""
+    """Collects calls into a graph. The caller identifies tensors by any hashable key.
+
+    Attributes:
+        mode: See :attr:`Graph.mode`.
+        nodes, leaves, inputs: Those of the graph so far.
+        current: The current value of each key.
+        families: For each key, the keys of all tensors that may share its memory.
+        held: The key of each leaf.
+        ends: See :attr:`Graph.ends`.
+        kept: Values that the model keeps, or returns in an object.
+        count: Number of values so far.
+        limit: Maximum number of calls to collect; ``None`` for all.
+    """
 
     mode: Mode
     nodes: list[Node] = field(default_factory=list)
@@ -266,7 +283,7 @@ class GraphBuilder:
         return self.limit is not None and len(self.nodes) >= self.limit
 
     def value(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> Value:
-        """A new value, held by ``key`` from now on."""
+        """Make a new value, the current one of ``key`` from now on."""
         made = Value(self.count, tuple(shape), dtype)
         self.count += 1
         self.current[key] = made
@@ -297,7 +314,13 @@ class GraphBuilder:
         source: str,
         origin: Any = None,
     ) -> None:
-        """Add a call. :class:`Key` stands for a tensor among its arguments; ``results`` are the keys returned."""
+        """Add a call.
+
+        Args:
+            args, kwargs: The arguments, with a :class:`Key` in place of each tensor.
+            results: Key, shape and dtype of each result; ``None`` for results that are not tensors.
+            module, source, origin: See :class:`Node`.
+        """
         writes, shares = effects(op)
 
         def keys_at(places: tuple[tuple[int, str], ...]) -> list[Hashable]:
@@ -319,11 +342,14 @@ class GraphBuilder:
         shared_keys: Sequence[Hashable] = (),
         origin: Any = None,
     ) -> None:
-        """Add a call whose arguments hold values.
+        """Add a call whose arguments hold a :class:`Value` in place of each tensor.
 
         Args:
             written_keys: Keys of the tensors that the call writes to.
-            shared_keys: Keys of those that its results may share memory with.
+            shared_keys: Keys of the tensors that its results may share memory with.
+
+        Raises:
+            EnoughError: The builder has collected ``limit`` calls.
         """
         before = {key: self.current[key] for key in written_keys}
         returned = {result[0] for result in results if result is not None}
@@ -351,7 +377,7 @@ class GraphBuilder:
         self.nodes.append(Node(len(self.nodes), op, args, kwargs, outputs, written, module, source, origin))
 
     def end(self, key: Hashable) -> None:
-        """Mark the present value of a tensor as kept by the model, or in an object that it returns."""
+        """Mark the current value of a tensor as kept by the model, or as part of an object that it returns."""
         self.ends.add(self.current[key])
         self.kept.add(self.current[key])
 
@@ -363,16 +389,17 @@ class GraphBuilder:
             self.families[key] = family
 
     def writes(self, kind: str) -> bool:
-        """Whether a tensor of the model, of this kind, was written to."""
+        """Whether a leaf of this kind was written to."""
         held = zip(self.held, self.leaves, strict=True)
         return any(leaf.kind == kind and self.current[key] is not leaf.value for key, leaf in held)
 
     def build(self, outputs: Sequence[Hashable], dead: bool = False) -> Graph:
-        """The finished graph.
+        """Make the graph.
 
         Args:
-            dead: Keep calls whose results reach neither an output nor anything that is kept (:meth:`end`). Where no
-                data was computed, nothing else can have read them, except code that they gave a number to.
+            outputs: Keys of the outputs.
+            dead: Keep calls whose results reach neither an output nor a value that is kept (:meth:`end`). If no data
+                was computed, only code that read a number from them can depend on them.
         """
         ends = tuple(self.current[key] for key in outputs)
         # a tensor of the model that was written to counts as an output
@@ -392,7 +419,7 @@ class GraphBuilder:
         return Graph(nodes, leaves, inputs, ends, self.mode, dead=unread, overwritten=written, ends=read)
 
     def _idle(self, used: set[Value]) -> set[int]:
-        """The calls that no used value depends on; ``used`` is extended in place."""
+        """Indices of the calls that no used value depends on; ``used`` is extended in place."""
         idle: set[int] = set()
         for node in reversed(self.nodes):
             if used.isdisjoint(node.outputs) and not any(after in used for _, after in node.written):
@@ -406,11 +433,11 @@ _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device
 
 
 def _gather(x: Any, found: list[Value]) -> None:
-    """The values among arguments; a pytree takes ten times as long."""
+    """Collect the values in arguments; ``torch.utils._pytree`` takes ten times as long."""
     kind = type(x)
     if kind is Value:
         found.append(x)
-    elif kind in _PLAIN:  # most are, and whether something is a mapping takes long to ask
+    elif kind in _PLAIN:  # the most frequent case; the check for a mapping is slow
         return
     elif isinstance(x, (tuple, list)):
         for item in x:
@@ -421,7 +448,7 @@ def _gather(x: Any, found: list[Value]) -> None:
 
 
 def _valued(x: Any, current: Mapping[Hashable, Value]) -> Any:
-    """Arguments with the value of each key; a pytree takes five times as long."""
+    """Arguments with the current value of each key; ``torch.utils._pytree`` takes five times as long."""
     if isinstance(x, Key):
         return current[x.key]
     if isinstance(x, (tuple, list)):
@@ -432,6 +459,6 @@ def _valued(x: Any, current: Mapping[Hashable, Value]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Stands for a tensor in the arguments given to :meth:`GraphBuilder.call`."""
+    """Represents a tensor in the arguments of :meth:`GraphBuilder.call`."""
 
     key: Hashable

@@ -1,13 +1,13 @@
 """Run a model once and record every ATen call.
 
-The run happens under ``torch.inference_mode``: composite operators (``linear``, ``scaled_dot_product_attention``,
-``einsum`` …) then arrive whole, as they do in ``torch.export``. Three modes are tried in turn: tensors on ``meta``,
-which have only shapes; fake tensors, which also have a device; and, for a model that needs data (``.item()``, a branch
-on a value), the real run on the example. A model that takes gradients in its forward is run again with autograd, which
+The run is under ``torch.inference_mode``, in which composite operators (``linear``, ``scaled_dot_product_attention``,
+``einsum`` …) are not decomposed, as in ``torch.export``. Three modes are tried in turn: tensors on ``meta``, which have
+only shapes; fake tensors, which also have a device; and, for a model that needs data (``.item()``, a branch on a
+value), a real run on the example. A model that computes gradients in its forward is run again with autograd, which
 decomposes composite operators.
 
-The model is left as it was: parameters and buffers are swapped for the run by ``torch.func.functional_call``, and
-``snapshot.py`` undoes everything else that ``forward`` does.
+The model is not changed: parameters and buffers are replaced for the run by ``torch.func.functional_call``, and
+``snapshot.py`` undoes all other effects of ``forward``.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def record(
     """Trace ``model`` on one example input.
 
     Args:
-        model: Any module, on any device, ``meta`` included. Its mode, gradients, buffers and the random state are left
-            as they were; the run is made in eval mode.
+        model: Any module, on any device, ``meta`` included. Its mode, gradients, buffers and the random state are
+            restored; the run is in eval mode.
         dummy_input: A tensor, a tuple of positional arguments or a dict of keyword arguments.
-        known: Whether an operator is recorded as it is. A composite operator that is not known is decomposed.
+        known: Returns whether an operator is recorded as it is. A composite operator that is not known is decomposed.
         dead: Keep calls whose results reach no output; the model's class makes them anyway.
-        training: If some parameters are not reached in eval mode, record train mode too.
-        watching: What is around each run in eval mode; the last one is that which is recorded.
+        training: If some parameters are not reached in eval mode, record train mode as well.
+        watching: Returns a context manager for each run in eval mode; the last run is the recorded one.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
-        TraceError: ``forward`` fails on the example.
+        TraceError: ``forward`` fails on the example, or the model is TorchScript or has uninitialized parameters.
     """
     args, kwargs = arguments(dummy_input)
     scripted = [(n, type(m).__name__) for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
@@ -104,7 +104,7 @@ def record(
 
 
 def record_data(model: nn.Module, dummy_input: Any, known: Callable[[Any], bool] = lambda op: True) -> Recording:
-    """Record ``model`` on the data of one example, whose values decide every branch.
+    """Record ``model`` on the data of one example, with which branches on values are decided.
 
     Raises:
         DummyInputError: ``dummy_input`` is of the wrong type.
@@ -134,17 +134,20 @@ def follow(
     found: Snapshot | None = None,
     bare: bool = False,
 ) -> tuple[tuple[Node, ...], Exception | None]:
-    """Every call that ``model`` makes on the example, including dead ones, until it fails; and the failure, if any.
+    """Record every call that ``model`` makes on the example, including dead ones, until it fails.
 
     Args:
-        way: The mode, as in :attr:`Graph.mode`.
-        functions: A list for the torch functions that are called.
+        way: The mode, see :data:`oto.trace.graph.Mode`.
+        functions: A list to which the called torch functions are added.
         script: Records the decisions that depend on data, or repeats recorded ones.
-        limit: How many calls to record, if not all.
-        literals: A list for the functions that make a tensor from numbers, which are no calls of operators.
-        found: The snapshot to restore afterwards, if there is one: for a copy that is thrown away, that of the model.
+        limit: Maximum number of calls to record; by default all.
+        literals: A list to which functions are added that make a tensor from numbers, which are not operator calls.
+        found: The snapshot to restore afterwards, if there is one; for a copy that is discarded, that of the model.
         bare: Whether ``model`` is a copy that is restored by ``found`` and holds its tensors only in its modules and in
-            their lists and dicts, so that they may be swapped there.
+            their lists and dicts, so that they may be replaced there.
+
+    Returns:
+        The calls, and the exception that was raised, if any.
     """
     args, kwargs = arguments(dummy_input)
     builder = GraphBuilder(way, limit=limit)

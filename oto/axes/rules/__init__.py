@@ -1,4 +1,4 @@
-"""One file per family of operators. Importing this package registers them all."""
+"""The rules of operators, one file per family. Importing this package registers all of them."""
 
 from oto.axes.rules import (
     attention,

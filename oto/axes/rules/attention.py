@@ -1,4 +1,4 @@
-"""Attention as one operator, described by the products and the softmax that it consists of."""
+"""Attention operators, described by the products and the softmax that they consist of."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def attention(
 ) -> Operand:
     """query (*, Hq, S, D), key (*, Hkv, T, D), value (*, Hkv, T, V) -> (*, Hq, S, V).
 
-    With ``enable_gqa`` each key-value head serves Hq / Hkv query heads. A scale that is not given is 1/√D: D is fixed.
+    With ``enable_gqa``, Hq / Hkv query heads share each key-value head. Without a given scale, it is 1/√D: D is fixed.
     """
     if scale is None:
         call.fix(query, [-1], "attention scales by the square root of its size")
@@ -52,7 +52,7 @@ def attention(
     call.fix(value, [-2], "attention normalizes over the positions")
     if dropout_p > 0:
         call.fix(scores, None, "attention drops weights at random")
-    # where all scores are zero, the softmax is uniform, so only a zero in the values gives a zero
+    # if all scores are zero, the softmax is uniform, so only a zero in the values gives a zero
     weights = call.map(anything, scores)
     y = call.contract(f"{b}st,{v}tv->{b}sv", weights, value)
     return y if y.shape == call.shape else call.view(y, call.shape)
@@ -65,7 +65,7 @@ def attention(
     aten._scaled_dot_product_cudnn_attention,
 )
 def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *rest: Any, **named: Any) -> list[Any]:
-    """The kernels that attention is computed by; all outputs but the first are for the backward pass."""
+    """The kernels that compute attention; all outputs but the first are for the backward pass."""
     arguments = call.node.op._schema.arguments  # type: ignore[attr-defined]
     given = {a.name: x for a, x in zip(arguments[3:], rest, strict=False)} | named
     mask = given.get("attn_mask") or given.get("attn_bias")
@@ -75,7 +75,7 @@ def fused_attention(call: Call, query: Operand, key: Operand, value: Operand, *r
     dropout_p, scale = given.get("dropout_p", 0.0), given.get("scale")
     y = attention(call, query, key, value, mask, dropout_p, scale=scale, enable_gqa=shared)
     rest_of = [call.fixed(n, "bookkeeping of an attention kernel") for n in (call.shapes[1] or ())[2:]]
-    sums = call.move(query, [*query.terms[:2], *rest_of], [(0,), (1,)], anything)  # one for each row of scores
+    sums = call.move(query, [*query.terms[:2], *rest_of], [(0,), (1,)], anything)  # a number for each row of scores
     others = [None if s is None else call.fresh(s, "bookkeeping of an attention kernel") for s in call.shapes[2:]]
     return [y, sums if call.shapes[1] == sums.shape else call.fresh(call.shapes[1] or (), "bookkeeping"), *others]
 

@@ -32,12 +32,12 @@ def conv(
     """x (N, G·I, *size), weight (G·O, I, *kernel), bias (G·O,) -> (N, G·O, *size').
 
     Whole groups may be removed, and the same entry of every group, so that groups stay equally wide. Along a dimension
-    with a kernel of size 1 and stride 1 the kernel does not slide: each place is computed from the same place of the
-    input, so places may be removed.
+    with kernel size 1, stride 1 and no padding, the kernel does not slide: each position of the output is computed from
+    the same position of the input, so positions may be removed.
     """
     n = weight.ndim - 2
     still = [
-        k == 1 and by == 1 and (pad == 0 or isinstance(pad, str))  # "same" and "valid" pad nothing then
+        k == 1 and by == 1 and (pad == 0 or isinstance(pad, str))  # with these, "same" and "valid" do not pad
         for k, by, pad in zip(weight.shape[2:], _each(stride, n), _each(padding, n), strict=True)
     ]
     # the kernel is applied once for every position of the output
@@ -46,7 +46,7 @@ def conv(
 
 
 def _each(given: Any, n: int) -> list[Any]:
-    """An argument for each of ``n`` dimensions, where one may be given for all."""
+    """An argument for each of ``n`` dimensions; a single one applies to all."""
     each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return each * n if len(each) == 1 else each
 
@@ -81,7 +81,7 @@ def convolution(
     output_padding: object,
     groups: int,
 ) -> Operand:
-    """The operator that all convolutions are computed by below autograd."""
+    """The operator into which all convolutions are decomposed below autograd."""
     if transposed:
         return conv_transpose(call, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return conv(call, x, weight, bias, stride, padding, dilation, groups)
@@ -127,12 +127,12 @@ def convolve(
     uncounted: str,
     still: Sequence[bool] = (),
 ) -> Operand:
-    """Every kind of convolution, with its arguments in one order.
+    """Every kind of convolution, with arguments in a common order.
 
     Args:
         channels: The letters of the first two dimensions of the weight.
         uncounted: The letters of dimensions that do not multiply the cost.
-        still: For each dimension of the kernel, whether it does not slide along it.
+        still: For each dimension of the kernel, whether the kernel does not slide along it.
     """
     batched = x.ndim == weight.ndim
     x = x if batched else call.view(x, (1, *x.shape))

@@ -1,4 +1,4 @@
-"""Tensors that are made from sizes alone. One that is filled with a single number may be made thinner; others stay."""
+"""Tensors that are created from sizes alone. Those filled with a single number may get thinner; others stay whole."""
 
 from __future__ import annotations
 
@@ -44,31 +44,31 @@ def new_full(call: Call, x: Operand, size: Any, value: Any, **named: Any) -> Ope
 
 @rule(aten.empty, aten.new_empty)
 def empty(call: Call, *args: Any, **named: Any) -> Operand:
-    """Unknown everywhere, until it is written to."""
+    """Unknown everywhere until it is written to."""
     return _filled(call, "size", None)
 
 
 @rule(aten.zeros_like)
 def zeros_like(call: Call, x: Operand, **named: Any) -> Operand:
-    """Zero wherever x has an entry."""
+    """Zero everywhere, in the shape of x."""
     return call.map(lambda f: 0.0, x)
 
 
 @rule(aten.ones_like)
 def ones_like(call: Call, x: Operand, **named: Any) -> Operand:
-    """One wherever x has an entry."""
+    """One everywhere, in the shape of x."""
     return call.map(lambda f: 1.0, x)
 
 
 @rule(aten.full_like)
 def full_like(call: Call, x: Operand, value: Any, **named: Any) -> Operand:
-    """One number wherever x has an entry."""
+    """One number everywhere, in the shape of x."""
     return call.map(lambda f: call.constant(value), x)
 
 
 @rule(aten.empty_like)
 def empty_like(call: Call, x: Operand, **named: Any) -> Operand:
-    """Unknown wherever x has an entry."""
+    """Unknown everywhere, in the shape of x."""
     return call.map(lambda f: None, x)
 
 
@@ -91,5 +91,5 @@ def empty_like(call: Call, x: Operand, **named: Any) -> Operand:
     aten.blackman_window,
 )
 def counting(call: Call, *args: Any, **named: Any) -> Operand:
-    """Each entry depends on its place, or is random."""
+    """Each entry depends on its position, or is random."""
     return call.fresh(call.shape, "its entries depend on their places")

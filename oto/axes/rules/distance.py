@@ -1,4 +1,4 @@
-"""Distances and norms: sums over entries, to which a zero, or an entry that is equal on both sides, adds nothing."""
+"""Distances and norms: sums over entries. A zero, or an entry that is equal in both operands, adds nothing to them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _quotient(*facts: Fact) -> Fact:
 
 @rule(aten._weight_norm, aten._weight_norm_interface)
 def weight_norm(call: Call, v: Operand, g: Operand, dim: int = 0) -> Any:
-    """g · v / |v|, with the norm over all dimensions but ``dim``. Where v is all zero this is 0/0, so only g may be
+    """g · v / |v|, with the norm over all dimensions except ``dim``. If v is zero, this is 0/0, so only g may be
     zeroed."""
     if v.ndim and dim != -1:
         dim %= v.ndim
@@ -49,6 +49,6 @@ def weight_norm(call: Call, v: Operand, g: Operand, dim: int = 0) -> Any:
 
 @rule(aten.isin.Tensor_Tensor)
 def isin(call: Call, x: Operand, among: Operand, **named: Any) -> Operand:
-    """Whether each entry is among those of another tensor, all of which stay."""
+    """Whether each entry occurs in another tensor, whose entries all stay."""
     call.fix(among, None, "entries are looked for among its own")
     return call.map(anything, x)

@@ -1,6 +1,6 @@
-"""Look-ups by index: the dimension that is indexed stays whole, all others are passed on.
+"""Reads by index: the indexed dimension stays whole, all others may get thinner.
 
-Example: of an embedding table (V, D) the V rows stay, and any of the D columns may be removed.
+Example: of an embedding table (V, D), the V rows stay, and any of the D columns may be removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PICKED = "its entries are picked by an index"
 
 
 def looked_up(index: Fact, x: Fact) -> Fact:
-    """The fact of the table, whatever the index is."""
+    """The fact of the table, regardless of the index."""
     return x
 
 
@@ -45,7 +45,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> list[Operand]:
-    """weight (V, D) -> (B, D), the sum, mean or maximum of each bag, and outputs for the backward pass."""
+    """weight (V, D) -> (B, D): the sum, mean or maximum of each bag, and outputs for the backward pass."""
     call.fix(weight, [0], PICKED)
     for x in (indices, offsets, per_sample_weights):
         if x is not None:
@@ -70,7 +70,7 @@ def index_select(call: Call, x: Operand, dim: int, index: Operand) -> Operand:
 
 @rule(aten.index, aten._unsafe_index)
 def index(call: Call, x: Operand, indices: Sequence[Operand | None]) -> Operand:
-    """Advanced indexing: ``x[:, i, j]``. Tensors of indices are broadcast together."""
+    """Advanced indexing: ``x[:, i, j]``. Index tensors are broadcast together."""
     return _index(call, x, list(indices))
 
 
@@ -84,7 +84,7 @@ def _index(call: Call, x: Operand, indices: list[Operand | None]) -> Operand:
         picked += range(len(whole), len(whole) + width) if i is not None else ()
         whole += [i] * width
     call.fix(x, picked, PICKED)
-    # entries of the indices must keep their places
+    # entries of the indices must keep their positions
     given = [i for i in indices if i is not None]
     for i in given:
         call.fix(i, None, "it is an index")
@@ -114,7 +114,7 @@ def one_hot(call: Call, x: Operand, classes: int = -1) -> Operand:
 
 @rule(write_through)
 def written(call: Call, alias: Operand, source: Operand) -> Operand:
-    """A tensor after one that shares its memory was written to: known where both facts are equal."""
+    """A tensor after a tensor that shares its memory was written to: known if both facts are equal."""
     routes = tuple((d,) for d in range(alias.ndim))
     everywhere = tuple(range(alias.ndim))
     return call.step([alias, source], alias.terms, (routes, tuple(everywhere for _ in source.shape)), same)

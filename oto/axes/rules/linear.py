@@ -1,4 +1,4 @@
-"""Matrix products, written as in einsum: a letter names a dimension, one that is missing on the right is summed over.
+"""Matrix products, written as in einsum: a letter names a dimension, and is summed over if it is missing on the right.
 
 Example: ``mm`` is ``call.contract("mk,kn->mn", a, b)``.
 """
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def letters(n: int) -> str:
-    """Upper-case letters for ``n`` leading dimensions; lower-case ones are for the rules themselves."""
+    """Upper-case letters for ``n`` leading dimensions; the rules use lower-case letters for the others."""
     return ascii_uppercase[:n]
 
 
@@ -91,7 +91,7 @@ def baddbmm(
 
 @rule(aten.matmul)
 def matmul(call: Call, a: Operand, b: Operand) -> Operand:
-    """(*, M, K), (*, K, N) -> (*, M, N), leading dimensions broadcast; a vector lacks its M or N."""
+    """(*, M, K), (*, K, N) -> (*, M, N) with broadcast leading dimensions; a vector has no M or N."""
     lead = max(a.ndim, b.ndim, 2) - 2
     names = letters(lead)
     left = names[lead - max(a.ndim - 2, 0) :] + ("m" if a.ndim > 1 else "") + "k"
@@ -108,7 +108,7 @@ def einsum(call: Call, equation: str, xs: list[Operand], *, path: Any = None) ->
     used = set(equation)
     spare = [
         c for c in map(chr, range(0x391, 0x3E9)) if c not in used
-    ]  # letters that the equation does not use, for the dots
+    ]  # letters that the equation does not use, for the dimensions of the dots
     dots = max((x.ndim - len(s.replace("...", "")) for s, x in zip(specs, xs, strict=True) if "..." in s), default=0)
     if not arrow:
         names = sorted({c for s in specs for c in s.replace("...", "")})

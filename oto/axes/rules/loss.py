@@ -1,4 +1,5 @@
-"""Losses inside of a forward. A distance adds nothing where both sides are equal; a loss over classes keeps all."""
+"""Losses inside a forward. Entries that are equal on both sides add nothing to a distance; losses over classes keep all
+classes."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from oto.nn import functional as full_count
 
 aten = torch.ops.aten
 MEAN = 1
-"""Among reductions: 0 is none, 2 the sum."""
+"""The number of this reduction in ATen; 0 is none, 2 is the sum."""
 
 
 def _distance(
     call: Call, x: Operand, target: Operand, reduction: int, loss: Callable[..., Any], **named: Any
 ) -> Operand:
-    """A function of the difference that is zero at zero: entry by entry, its mean, or its sum."""
+    """A function of the difference that is zero at zero: per entry, its mean, or its sum."""
     each = call.map(apart, x, target)
     if not reduction:
         return each
@@ -32,7 +33,7 @@ def _distance(
 
 @rule(aten.mse_loss)
 def mse_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN) -> Operand:
-    """Squares of differences."""
+    """Squared differences."""
     return _distance(call, x, target, reduction, full_count.mse_loss)
 
 
@@ -44,12 +45,12 @@ def smooth_l1_loss(call: Call, x: Operand, target: Operand, reduction: int = MEA
 
 @rule(aten.huber_loss)
 def huber_loss(call: Call, x: Operand, target: Operand, reduction: int = MEAN, delta: float = 1.0) -> Operand:
-    """As :func:`smooth_l1_loss`, times ``delta``."""
+    """:func:`smooth_l1_loss` times ``delta``."""
     return _distance(call, x, target, reduction, full_count.huber_loss, delta=delta)
 
 
 def _entries(call: Call, reduction: int, *xs: Operand | None) -> Operand:
-    """A loss to which an entry that is zero on both sides adds something."""
+    """A loss to which entries contribute even if they are zero on both sides."""
     each = call.map(anything, *(x for x in xs if x is not None))
     if not reduction:
         return each
@@ -61,7 +62,7 @@ def _entries(call: Call, reduction: int, *xs: Operand | None) -> Operand:
 def binary_cross_entropy(
     call: Call, x: Operand, target: Operand, weight: Operand | None = None, reduction: int = MEAN
 ) -> Operand:
-    """The loss of probabilities."""
+    """Cross entropy of probabilities."""
     return _entries(call, reduction, x, target, weight)
 
 
@@ -74,7 +75,7 @@ def binary_cross_entropy_with_logits(
     pos_weight: Operand | None = None,
     reduction: int = MEAN,
 ) -> Operand:
-    """The loss of logits; of zero it is log 2."""
+    """Cross entropy of logits, which is log 2 for zero."""
     return _entries(call, reduction, x, target, weight, pos_weight)
 
 

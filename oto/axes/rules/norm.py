@@ -1,7 +1,7 @@
 """Normalizations.
 
-Batch and instance norm treat each channel by itself. Layer, RMS and group norm divide by a count of entries: removing
-an entry that is zero is exact if the divisor stays the full count, so the thinner call is one of ``oto.nn.functional``.
+Batch and instance norm treat each channel separately. Layer, RMS and group norm divide by a count of entries: removing
+a zero entry is exact if the divisor stays the full count, so the thinner call is a function of ``oto.nn.functional``.
 For example, the layer norm of 768 entries of which 700 are kept still divides by 768.
 """
 
@@ -20,7 +20,7 @@ SAVED = "it is kept for the backward pass"
 
 
 def _scaled(*facts: Fact) -> Fact:
-    """norm(x)·weight + bias is the bias where either factor is zero."""
+    """norm(x)·weight + bias is the bias if either factor is zero."""
     x, weight, bias = facts
     return bias if product(x, weight) == 0 else None
 
@@ -49,12 +49,12 @@ def _by_channel(
     var: Operand | None,
     over: Sequence[int],
 ) -> Operand:
-    """A norm of each channel by itself, with statistics ``over`` some dimensions, or running ones if there are none."""
+    """A norm of each channel, with statistics over the dimensions ``over``, or running statistics if it is empty."""
     call.fix(x, over, "a norm takes statistics along it")
     for statistic in (mean, var):
         if statistic is not None:
             call.unify(x.terms[1], statistic.terms[0])
-    # with its own statistics a channel of zeros stays zero; running statistics may shift it
+    # with batch statistics a channel of zeros stays zero; running statistics may shift it
     y = call.map(zero if over else anything, x)
     return _affine(call, y, weight, bias, 1)
 
@@ -70,11 +70,11 @@ def batch_norm(
     training: bool,
     *rest: object,
 ) -> Operand:
-    """x (N, C, *), the others (C,). In training, statistics are those of the batch."""
+    """x (N, C, *), the other tensors (C,). In training, statistics are those of the batch."""
     over = [0, *range(2, x.ndim)] if training or running_mean is None else []
     if running_mean is not None or running_var is not None or not over:
         return _by_channel(call, x, weight, bias, running_mean, running_var, over)
-    # filters are standardized this way: an entry may be removed if it is zero and the divisor stays the full count
+    # used to standardize filters: an entry may be removed if it is zero and the divisor stays the full count
     call.reduce(x, over)
     call.counted("a norm divides by the number of entries")
     given = {a.name: v for a, v in zip(call.node.op._schema.arguments, call.node.args, strict=False)}  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def native_batch_norm(
     var: Operand | None = None,
     *rest: object,
 ) -> list[Operand]:
-    """As batch_norm, with the batch statistics as further outputs (C,) or empty."""
+    """As batch_norm, with batch statistics (C,) or empty tensors as further outputs."""
     mean, var = (t if isinstance(t, Operand) else None for t in (mean, var))
     training = mean is None or rest[0] is True
     y = _by_channel(call, x, weight, bias, mean, var, [0, *range(2, x.ndim)] if training else [])
@@ -129,7 +129,7 @@ def instance_norm(
     use_input_stats: bool,
     *rest: object,
 ) -> Operand:
-    """x (N, C, *), the others (C,); statistics over *."""
+    """x (N, C, *), the other tensors (C,); statistics over *."""
     own = use_input_stats or running_mean is None
     return _by_channel(call, x, weight, bias, running_mean, running_var, range(2, x.ndim) if own else [])
 
@@ -150,7 +150,7 @@ def _layer(
     call.reduce(x, dims)
     if centered:
         y = _affine(call, call.map(anything, x), weight, bias, None)
-    else:  # x·rms(x)·weight is zero where either factor is
+    else:  # x / rms(x) · weight is zero if either factor is
         y = call.map(product, x) if weight is None else call.map(product, x, weight)
     sizes = [Size(x.terms[d]) for d in dims]
     v = call.node.args
@@ -180,7 +180,7 @@ def layer_norm(
 def native_layer_norm(
     call: Call, x: Operand, normalized_shape: Sequence[int], weight: Operand | None, bias: Operand | None, eps: float
 ) -> list[Operand]:
-    """As layer_norm, with mean and rstd as further outputs; a thinner call cannot be given the full count."""
+    """As layer_norm, with mean and rstd as further outputs; this operator cannot divide by the full count."""
     call.fix(x, range(x.ndim - len(normalized_shape), x.ndim), "native_layer_norm divides by the number of entries")
     y = _affine(call, call.map(anything, x), weight, bias, None)
     stats = call.reduce(x, range(x.ndim - len(normalized_shape), x.ndim), keepdim=True, fact=anything)
@@ -207,7 +207,7 @@ def group_norm(
 ) -> Operand:
     """x (N, G·I, *), weight and bias (G·I,); statistics over I and *, divided by the full I.
 
-    Whole groups may be removed, and the same entry of I in every group at once.
+    Whole groups may be removed, and the same entry of every group.
     """
     call.fix(x, range(2, x.ndim), "a norm takes statistics along it")
     grouped = call.view(x, (x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:]))

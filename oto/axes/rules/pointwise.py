@@ -1,7 +1,7 @@
-"""Operators that work entry by entry.
+"""Pointwise operators.
 
-The value of a removed entry is found by running the operator on it: relu(0) = 0, sigmoid(0) = 1/2. For a product one
-zero is enough.
+The value of a removed entry is found by running the operator on it: relu(0) = 0, sigmoid(0) = 1/2. A product is zero if
+one factor is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ aten = torch.ops.aten
     aten.complex, aten.bitwise_left_shift, aten.bitwise_right_shift,
 )  # fmt: skip
 def pointwise(call: Call, *args: Any, **kwargs: Any) -> Operand:
-    """Any number of tensors and numbers, broadcast."""
+    """Any number of tensors and numbers, with broadcasting."""
     xs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
     return call.map(evaluated(call.node.op, args, kwargs, call.dtypes), *xs, itself=True)
 
@@ -60,7 +60,7 @@ def mul(call: Call, a: Operand, b: Any) -> Operand:
 
 @rule(aten.div, aten.divide, aten.true_divide)
 def div(call: Call, a: Operand, b: Any, *, rounding_mode: str | None = None) -> Operand:
-    """0/x = 0, unless x is known to be zero too."""
+    """0/x = 0, unless x is known to be zero."""
     value = evaluated(call.node.op, (a, b), {"rounding_mode": rounding_mode} if rounding_mode else {}, call.dtypes)
 
     def fact(*facts: Fact) -> Fact:
@@ -87,7 +87,7 @@ def addcmul(call: Call, x: Operand, a: Operand, b: Operand, *, value: float = 1)
 
 @rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 def where(call: Call, condition: Operand, x: Any, y: Any) -> Operand:
-    """Known where both sides are equal, or where the condition is known."""
+    """Known if both sides are equal, or if the condition is known."""
     values = [v for v in (x, y) if isinstance(v, Operand)]
 
     def fact(*facts: Fact) -> Fact:
@@ -100,7 +100,7 @@ def where(call: Call, condition: Operand, x: Any, y: Any) -> Operand:
 
 @rule(aten.masked_fill)
 def masked_fill(call: Call, x: Operand, mask: Operand, value: Any) -> Operand:
-    """Known where the fill is equal to the value that was there."""
+    """Known if the fill value is equal to the value before."""
     if isinstance(value, Operand):
         return call.map(lambda f, m, v: same(f, _cast(v)), x, mask, value)
     return call.map(lambda f, m: same(f, call.constant(value)), x, mask)
@@ -108,7 +108,7 @@ def masked_fill(call: Call, x: Operand, mask: Operand, value: Any) -> Operand:
 
 @rule(aten.prelu, aten._prelu_kernel)
 def prelu(call: Call, x: Operand, weight: Operand) -> Operand:
-    """x (N, C, *), weight (C,) or (1,): a zero stays a zero, whatever the slope."""
+    """x (N, C, *), weight (C,) or (1,): zero stays zero, whatever the slope."""
     if x.ndim == 0:
         weight = call.view(weight, ())
     elif weight.ndim == 1 and x.ndim > 1:
@@ -118,7 +118,7 @@ def prelu(call: Call, x: Operand, weight: Operand) -> Operand:
 
 @rule(aten.glu)
 def glu(call: Call, x: Operand, dim: int = -1) -> Operand:
-    """The first half times the sigmoid of the second: entry i of both halves is removed together."""
+    """The first half times the sigmoid of the second half: entry i is removed from both halves."""
     half = x.shape[dim] // 2
     dims = [(d,) for d in range(x.ndim)]
 
@@ -150,14 +150,14 @@ DRAWN = "random numbers are drawn entry by entry"
 
 @rule(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
 def dropout(call: Call, x: Operand, p: float, train: bool) -> Any:
-    """Nothing happens outside of train mode; there, a missing entry would shift the random numbers of all others."""
+    """The identity in eval mode. In train mode, removing an entry would shift the random numbers of all others."""
     return call.opaque(DRAWN) if train and p > 0 else call.identity(x)
 
 
 @rule(aten.rrelu)
 def rrelu(call: Call, x: Operand, lower: float = 0.125, upper: float = 1 / 3, training: bool = False,
           *rest: Any) -> Any:  # fmt: skip
-    """A leaky relu of the mean slope, outside of train mode."""
+    """In eval mode, a leaky relu with the mean slope."""
     if training and lower != upper:
         return call.opaque(DRAWN)
     return call.map(lambda f: 0.0 if f is not None and f == 0 else None, x)
@@ -184,19 +184,19 @@ def view_as_real(call: Call, x: Operand) -> Operand:
 def view_as_complex(call: Call, x: Operand) -> Operand:
     """The last dimension holds the real and the imaginary part."""
     call.fix(x, [-1], "it holds the real and the imaginary part")
-    # in memory the two parts must lie side by side at even addresses
+    # the two parts must be adjacent in memory, at even offsets
     call.relaid(full_count.view_as_complex, call.node.args[0])
     return call.move(x, x.terms[:-1], [(d,) for d in range(x.ndim - 1)], lambda f: 0.0 if f == 0 else None)
 
 
 def _cast(fact: Fact) -> Fact:
-    """The fact after a cast; 0 and 1 are the same in every dtype."""
+    """The fact after a cast: 0 and 1 are the same in every dtype, other values are unknown."""
     return fact if fact is not None and fact in (0, 1) else None
 
 
 @rule(aten.to, aten._to_copy, aten.type_as, aten.cpu, aten.cuda, aten._cast_Float, aten.view.dtype)
 def cast(call: Call, x: Operand, *rest: Any, **named: Any) -> Operand:
-    """The same entries in a different dtype or on a different device; or the same bits as a dtype of the same width."""
+    """The same entries in another dtype or on another device; or the same bits, read as another dtype."""
     if "view" in str(call.node.op):
         if call.shape != x.shape:
             call.fix(x, None, "its bytes are read under another width")

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def _pool(call: Call, x: Operand, n: int, fact: Any) -> list[Operand]:
-    """A window that slides along the last ``n`` dimensions; one output or two (values and indices)."""
+    """A window that slides along the last ``n`` dimensions, with one output, or two (values and indices)."""
     lead = x.ndim - n
     text = "it is pooled over"
     call.fix(x, range(lead, x.ndim), text)
@@ -51,7 +51,7 @@ def pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
 
 @rule(aten.fractional_max_pool2d, aten.fractional_max_pool3d)
 def fractional_pool(call: Call, x: Operand, kernel: Any, size: Any, samples: Operand) -> list[Operand]:
-    """The windows of each channel begin at random places, given as samples (N, C, 2 or 3)."""
+    """The windows of each channel begin at random positions, given as samples (N, C, 2 or 3)."""
     n = _dimensions(call)
     lead = x.ndim - n
     for a, b in zip(x.terms[:lead], samples.terms[2 - lead : 2], strict=True):
@@ -71,7 +71,7 @@ def fractional_pool(call: Call, x: Operand, kernel: Any, size: Any, samples: Ope
     aten._adaptive_avg_pool3d,
 )
 def avg_pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """A sum over the window, with zeros of the padding: only zero is sure to give itself."""
+    """The mean of a window, which may include zeros of the padding, so only a value of zero stays known."""
     return _pool(call, x, _dimensions(call), zero)
 
 
@@ -90,7 +90,7 @@ def avg_pool(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
     aten._upsample_bicubic2d_aa,
 )
 def upsample(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """Weighted sums over positions; the weights add to 1 only up to rounding, so only zero is sure to give itself."""
+    """Weighted sums over positions; their sum is 1 only up to rounding, so only a value of zero stays known."""
     return _pool(call, x, x.ndim - 2, zero)
 
 
@@ -108,7 +108,7 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
             T.fix(term, call.why("negative padding cuts through it"))
             cuts = [max(-before, 0), n - max(-before, 0) - max(-after, 0), max(-after, 0)]
             term = call.cut(term, cuts)[1]
-        # entries of a padding with a number may be removed, such as channels that a shortcut does not have
+        # entries padded with a number may be removed, such as channels that a shortcut does not have
         sides = [
             T.axis(k, call.why("it is padding") if value is None else None) if k > 0 else None for k in (before, after)
         ]
@@ -125,13 +125,13 @@ def _padded(call: Call, x: Operand, pad: Sequence[int], fact: Any, value: float 
 
 @rule(aten.constant_pad_nd)
 def constant_pad(call: Call, x: Operand, pad: Sequence[int], value: float = 0) -> Operand:
-    """Padding of other dimensions puts ``value`` beside the value of a removed entry."""
+    """Padding of other dimensions adds ``value`` to a removed slice, whose value is then known only if it is equal."""
     return _padded(call, x, pad, lambda *facts: same(*facts, value), value)
 
 
 @rule(aten.pad)
 def pad(call: Call, x: Operand, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Operand:
-    """All modes of torch.nn.functional.pad."""
+    """All modes of ``torch.nn.functional.pad``."""
     if mode == "constant":
         return constant_pad(call, x, pad, value or 0)
     return _padded(call, x, pad, same, None)
@@ -147,7 +147,7 @@ def pad(call: Call, x: Operand, pad: Sequence[int], mode: str = "constant", valu
     aten._pad_circular,
 )
 def repeat_pad(call: Call, x: Operand, pad: Sequence[int]) -> Operand:
-    """Padding made of the entries themselves."""
+    """Padding that repeats entries of the tensor."""
     return _padded(call, x, pad, same, None)
 
 
@@ -177,7 +177,7 @@ def pixel_unshuffle(call: Call, x: Operand, r: int) -> Operand:
 
 @rule(aten.channel_shuffle, aten.native_channel_shuffle)
 def channel_shuffle(call: Call, x: Operand, groups: int) -> Operand:
-    """(N, G·K, *) -> (N, K·G, *); the call states the number of groups, so groups stay."""
+    """(N, G·K, *) -> (N, K·G, *); the number of groups is an argument of the call, so groups stay whole."""
     n, c, *rest = x.shape
     y = call.view(x, (n, groups, c // groups, *rest))
     call.fix(y, [1], "channel_shuffle names its number of groups")

@@ -1,6 +1,6 @@
-"""Recurrent layers as one operator. A hidden unit may be removed if all of its gates are zero: its state stays zero.
+"""Recurrent layers. A hidden unit may be removed if all of its gates are zero, since its state then stays zero.
 
-All layers and directions share one state tensor, so unit ``j`` of one is removed with unit ``j`` of all others.
+All layers and directions share one state tensor, so unit ``j`` is removed from all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Cell = Callable[[Call, Operand, list[Operand]], list[Operand]]
 
 
 def _decays(call: Call, gates: Operand, states: list[Operand]) -> Operand:
-    """A new state: zero where the gates and the old state are zero."""
+    """A new state, which is zero if the gates and the old state are zero."""
     through = ((0,), (1,), (), (2,))
     routes = (through, *(((1,), (2,)) if s.ndim == 2 else ((0,), (1,), (2,)) for s in states))
     for state in states:
@@ -27,7 +27,7 @@ def _decays(call: Call, gates: Operand, states: list[Operand]) -> Operand:
 
 
 def _lstm_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
-    """c' = f·c + i·g, h' = o·tanh(c'): a state of zero stays zero, whatever the output gate is."""
+    """c' = f·c + i·g, h' = o·tanh(c'): a state of zero stays zero if g is, whatever the output gate is."""
     c = _decays(call, gates, states[1:])
     return [call.map(zero, c), c]
 
@@ -38,7 +38,7 @@ def _gru_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand
 
 
 def _rnn_cell(call: Call, gates: Operand, states: list[Operand]) -> list[Operand]:
-    """h' is tanh or relu of the only gate, which h is part of."""
+    """h' = tanh or relu of the only gate, which includes the term of h."""
     return [_decays(call, gates, [])]
 
 
@@ -65,7 +65,7 @@ def _direction(
         h = seen[-1][0]
         into = call.contract("nh,gjh->ngj" if h.ndim == 2 else "tnh,gjh->tngj", h, w_hh)
         if i == 0:
-            call.tape.steps[-1].volume = None  # the second step is counted for all steps of time
+            call.tape.steps[-1].volume = None  # the MACs of the second step stand for all time steps
         new = cell(call, call.map(zero, own, into), seen[-1])
         if w_hr:
             new[0] = call.contract("tnj,pj->tnp", new[0], w_hr[0])
@@ -99,7 +99,7 @@ def _recurrent(
         call.fix(state, [0], "it runs through the layers of a recurrent network")
         call.unify(state.terms[1], x.terms[1])
     if len(states) == 2 and states[0].shape[2] != states[1].shape[2]:
-        for state in states:  # the operator recognizes a projection by two sizes that differ, so they must not change
+        for state in states:  # the operator detects a projection by two different sizes, so these must not change
             call.fix(state, [2], "a projected state must differ in width from the hidden one")
     each = len(params) // (layers * directions)
     last: list[list[Operand]] = []
@@ -159,7 +159,7 @@ def packed(
     train: bool,
     bidirectional: bool,
 ) -> list[Operand | None]:
-    """x (S, I), the steps of sequences of different lengths one after the other; states as in :func:`recurrent`."""
+    """x (S, I), the packed steps of sequences of different lengths; states as in :func:`recurrent`."""
     if train and dropout > 0:
         return call.opaque("random numbers are drawn entry by entry")
     gates, cell = _KINDS[str(call.node.op).split(".")[1]]
@@ -167,7 +167,7 @@ def packed(
     states = [hx] if isinstance(hx, Operand) else list(hx)
     for state in states:
         call.fix(state, [1], PACKED)
-    one = [call.move(s, [s.terms[0], (), s.terms[2]], [(0,), (), (2,)]) for s in states]  # as if for one sequence
+    one = [call.move(s, [s.terms[0], (), s.terms[2]], [(0,), (), (2,)]) for s in states]  # as for a single sequence
     steps = call.view(x, (x.shape[0], 1, x.shape[1]))
     y, last = _recurrent(call, steps, one, params, gates, cell, has_biases, num_layers, 1 + bidirectional)
     return [
@@ -181,7 +181,7 @@ def packed(
 
 @rule(aten._pack_padded_sequence)
 def pack(call: Call, x: Operand, lengths: Operand, batch_first: bool) -> list[Operand]:
-    """x (T, N, *) or (N, T, *) -> (S, *), the sizes of the batch at each step."""
+    """x (T, N, *) or (N, T, *) -> (S, *), and the batch size at each step."""
     call.fix(x, [0, 1], PACKED)
     call.fix(lengths, None, PACKED)
     steps, sizes = call.shapes
@@ -194,7 +194,7 @@ def pack(call: Call, x: Operand, lengths: Operand, batch_first: bool) -> list[Op
 def pad(
     call: Call, x: Operand, batch_sizes: Operand, batch_first: bool, padding_value: float, total_length: int
 ) -> list[Operand]:
-    """x (S, *) -> (T, N, *) or (N, T, *), and the lengths."""
+    """x (S, *) -> (T, N, *) or (N, T, *), and the lengths of the sequences."""
     call.fix(x, [0], PACKED)
     call.fix(batch_sizes, None, PACKED)
     padded, lengths = call.shapes

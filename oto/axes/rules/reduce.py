@@ -1,4 +1,4 @@
-"""Reductions. A sum is the same without its zeros; so is a mean that still divides by the full count."""
+"""Reductions. Removing zeros does not change a sum, nor a mean that still divides by the full count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _dims(x: Operand, dim: Any) -> list[int]:
 
 @rule(aten.sum)
 def total(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Operand:
-    """Zeros add nothing. Another value that all removed entries have is added once for each of them."""
+    """Zeros add nothing. If all removed entries have another known value, the thinner call adds it for each of them."""
     dims = _dims(x, dim)
     rest = call.rest(x, dims)
     if rest is not None:
@@ -94,13 +94,13 @@ def _over(call: Call, x: Operand, dim: Any, keepdim: bool, text: str, fact: Any)
     aten.nanmedian,
 )
 def extreme(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
-    """A zero may be the largest entry, so none along the reduced dimensions may be removed."""
+    """A zero may be the extreme entry, so no entry along the reduced dimensions may be removed."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", same)
 
 
 @rule(aten.mode)
 def mode(call: Call, x: Operand, dim: int = -1, keepdim: bool = False) -> Any:
-    """The most frequent entry, and where it is."""
+    """The most frequent entry, and its index."""
     return extreme(call, x, dim, keepdim)
 
 
@@ -118,13 +118,13 @@ def mode(call: Call, x: Operand, dim: int = -1, keepdim: bool = False) -> Any:
     aten.nanmean,
 )
 def selective(call: Call, x: Operand, dim: Any = None, keepdim: bool = False, **named: Any) -> Any:
-    """Reductions whose results depend on zeros, too."""
+    """Reductions whose results also depend on zeros."""
     return _over(call, x, dim, keepdim, f"{_name(call)} looks at every entry", anything)
 
 
 @rule(aten.std, aten.var, aten.std_mean, aten.var_mean)
 def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
-    """Removed zeros are accounted for by the mean and the divisor of the full count."""
+    """Removed zeros are taken into account by a mean and divisor with the full count."""
     schema = call.node.op._schema.arguments  # type: ignore[attr-defined]
     given = {a.name: a.default_value for a in schema}
     given |= dict(zip((a.name for a in schema[1:]), args, strict=False)) | named
@@ -152,14 +152,14 @@ def spread(call: Call, x: Operand, *args: Any, **named: Any) -> Any:
         sizes=[Size(x.terms[d]) for d in dims],
         **({} if rest is None else _added(x, *rest)),
     )
-    # with no more entries than the correction it divides by zero
+    # if there are not more entries than the correction, the divisor is zero
     facts = [zero if count > correction else lambda *_: NOT_FINITE, zero]
     return [call.reduce(x, dims, keepdim, fact, rest) for fact, _ in zip(facts, call.shapes, strict=False)]
 
 
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin, aten.flip, aten.sort, aten.argsort)
 def along(call: Call, x: Operand, dim: Any = -1, *rest: Any, **named: Any) -> Any:
-    """Each entry along ``dim`` depends on its place among the others."""
+    """Each entry along ``dim`` depends on its position among the others."""
     if isinstance(dim, bool):  # sort.stable passes flags by name, argsort's older overload by position
         dim = rest[0] if rest else -1
     call.fix(x, _dims(x, dim), f"{_name(call)} depends on the place of every entry")

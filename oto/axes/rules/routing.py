@@ -1,6 +1,6 @@
 """Routing of tokens to experts and back: grouped products, and reads and writes by index.
 
-The dimension that is indexed stays whole, all others are passed on. For example, ``gather`` along the tokens keeps all
+The indexed dimension stays whole, all others may get thinner. For example, ``gather`` along the tokens keeps all
 tokens, while channels may be removed.
 """
 
@@ -22,11 +22,15 @@ aten = torch.ops.aten
 GROUPED = "it is divided among the groups of a product"
 
 
-@rule("aten::_grouped_mm")  # by name: torch before 2.8 has none
+@rule("aten::_grouped_mm")  # by name, since torch before 2.8 does not have it
 def grouped_mm(
     call: Call, a: Operand, b: Operand, offs: Operand | None = None, bias: Operand | None = None, out_dtype: Any = None
 ) -> Operand:
-    """Products by group: groups are rows of ``a`` (S, K), columns of ``b`` (K, S), or a dimension of them (E, ·, ·)."""
+    """Products by group.
+
+    Groups are consecutive rows of ``a`` (S, K), consecutive columns of ``b`` (K, S), parts of the contracted dimension
+    of both, or a leading dimension (E, ·, ·).
+    """
     if offs is not None:
         call.fix(offs, None, "it names the borders of groups")
     for x, along in ((a, 0), (b, 1)):
@@ -40,7 +44,7 @@ def grouped_mm(
     elif b.ndim == 3:
         call.fix(b, [0], GROUPED)
         y = call.contract("mk,ekn->mn", a, b, uncounted="e")
-    else:  # the dimension that is summed over is divided into groups
+    else:  # the contracted dimension is divided into groups
         call.fix(a, [1], GROUPED)
         call.fix(b, [0], GROUPED)
         groups = call.fixed(call.shape[0], GROUPED)
@@ -50,7 +54,7 @@ def grouped_mm(
             call.fix(bias, [0], GROUPED)
             bias = call.move(bias, bias.terms[1:], [(1,)])
         y = call.map(zero, y, bias)
-    # the kernel requires rows of multiples of 16 bytes, which a thinner tensor may not have
+    # the kernel requires rows whose size is a multiple of 16 bytes, which those of a thinner tensor may not be
     call.rewrite(full_count.grouped_mm, *call.node.args, **call.node.kwargs)
     call.watch(*a.terms, *b.terms)
     return y
@@ -58,7 +62,7 @@ def grouped_mm(
 
 @rule("transformers::grouped_mm_fallback")
 def grouped_rows(call: Call, a: Operand, b: Operand, offs: Operand) -> Operand:
-    """Rows (S, K) in groups, each with its own matrix of (E, K, N); of any width."""
+    """Consecutive groups of the rows (S, K), each with its own matrix of (E, K, N), for any width."""
     call.fix(offs, None, "it names the borders of groups")
     call.fix(a, [0], GROUPED)
     call.fix(b, [0], GROUPED)
@@ -66,7 +70,7 @@ def grouped_rows(call: Call, a: Operand, b: Operand, offs: Operand) -> Operand:
 
 
 def _others(call: Call, dim: int, x: Operand, *others: Operand) -> None:
-    """Unify all dimensions but ``dim``, which the operator matches entry by entry."""
+    """Unify all dimensions except ``dim``, in which the operator uses equal positions of all tensors."""
     for d in range(x.ndim):
         if d == dim:
             continue
@@ -93,7 +97,7 @@ def _written(
 
 @rule(aten.gather)
 def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Operand:
-    """Each entry of the index gives the place in ``dim`` to read; along other dimensions places stay the same."""
+    """Each entry of the index is a position in ``dim`` to read; along other dimensions, positions stay the same."""
     if not x.ndim or not index.ndim:
         call.fix(x, None, PICKED)
         call.fix(index, None, "it is an index")
@@ -115,7 +119,7 @@ def gather(call: Call, x: Operand, dim: int, index: Operand, **named: Any) -> Op
     aten.scatter_.reduce,
 )
 def scatter(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *rest: Any, **named: Any) -> Operand:
-    """Each entry of ``source`` is written or added to ``x`` at the place in ``dim`` that the index gives."""
+    """Each entry of ``source`` is written or added to ``x``, at the position in ``dim`` given by the index."""
     if not x.ndim or not index.ndim or not source.ndim:
         (y,) = call.opaque(PICKED)
         assert y is not None
@@ -126,7 +130,7 @@ def scatter(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *
 
 @rule(aten.scatter.value, aten.scatter_.value)
 def scatter_value(call: Call, x: Operand, dim: int, index: Operand, value: Any) -> Operand:
-    """One number is written to every place that the index gives."""
+    """One number is written to every position given by the index."""
     if not x.ndim or not index.ndim:
         (y,) = call.opaque(PICKED)
         assert y is not None
@@ -137,7 +141,7 @@ def scatter_value(call: Call, x: Operand, dim: int, index: Operand, value: Any) 
 
 @rule(aten.index_add, aten.index_copy)
 def index_add(call: Call, x: Operand, dim: int, index: Operand, source: Operand, *, alpha: float = 1) -> Operand:
-    """Slices of ``source`` are added or written to the slices of ``x`` along ``dim`` that an index vector gives."""
+    """Slices of ``source`` are added or written to the slices of ``x`` along ``dim`` given by an index vector."""
     call.fix(index, None, "it is an index")
     if not x.ndim or not source.ndim:
         (y,) = call.opaque(PICKED)
@@ -149,7 +153,7 @@ def index_add(call: Call, x: Operand, dim: int, index: Operand, source: Operand,
 
 @rule(aten.index_fill.int_Scalar, aten.index_fill_.int_Scalar)
 def index_fill(call: Call, x: Operand, dim: int, index: Operand, value: Any) -> Operand:
-    """One number is written to the slices along ``dim`` that an index vector gives."""
+    """One number is written to the slices along ``dim`` given by an index vector."""
     call.fix(index, None, "it is an index")
     constant = call.constant(value)
     if not x.ndim:
@@ -185,7 +189,7 @@ def index_put(
             call.fix(indexer[0], None, "it is an index")
     shapes = [(1,) if indexer[1] else indexer[0].shape for indexer in given if indexer is not None]
     n = len(torch.broadcast_shapes(*shapes))
-    # in the values, indexed dimensions are where they were if they are neighbors, and otherwise in front
+    # in the values, indexed dimensions keep their position if they are adjacent, and otherwise come first
     start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
     lead = [d for d in free_dims if d < start]
     order: list[int | None] = [*lead, *[None] * n, *(d for d in free_dims if d not in lead)]

@@ -1,4 +1,4 @@
-"""Reshapes, permutations, concatenations and splits: entries change places, and none are mixed.
+"""Reshapes, permutations, concatenations and splits: entries change positions, and none are mixed.
 
 Example: ``x.view(b, t, 12, 64)`` splits an axis of 768 into 12 heads × 64.
 """
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def sizes_of(terms: Sequence[Term], given: Sequence[Any]) -> list[Any]:
-    """The size arguments of a call, with :class:`Size` in place of each number but -1."""
+    """The size arguments of a call, with a :class:`Size` in place of each number except -1."""
     return [n if isinstance(n, int) and n == -1 else Size(t) for n, t in zip(given, terms, strict=True)]
 
 
@@ -42,13 +42,13 @@ def view_as(call: Call, x: Operand, other: Operand) -> Operand:
 
 @rule(aten.flatten, aten.ravel)
 def flatten(call: Call, x: Operand, *rest: Any) -> Operand:
-    """Dimensions become their product."""
+    """Several dimensions become their product."""
     return call.view(x, call.shape)
 
 
 @rule(aten.unflatten)
 def unflatten(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> Operand:
-    """A dimension becomes several."""
+    """One dimension becomes several."""
     y = call.view(x, call.shape)
     dim %= x.ndim
     call.resize(sizes=sizes_of(y.terms[dim : dim + len(sizes)], sizes))
@@ -57,7 +57,7 @@ def unflatten(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> Operand
 
 @rule(aten.squeeze, aten.unsqueeze, aten.squeeze_copy, aten.unsqueeze_copy)
 def squeeze(call: Call, x: Operand, dim: Any = None) -> Operand:
-    """Dimensions of size 1 are added or dropped; one that is thinned to size 1 must not be dropped."""
+    """Dimensions of size 1 are added or removed; one that is pruned to size 1 must not be removed."""
     if "unsqueeze" not in str(call.node.op):
         asked = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
         ones = [d for d in asked if x.ndim and x.shape[d] == 1]
@@ -68,13 +68,13 @@ def squeeze(call: Call, x: Operand, dim: Any = None) -> Operand:
 
 @rule(aten.permute)
 def permute(call: Call, x: Operand, dims: Sequence[int]) -> Operand:
-    """Dimensions in a different order."""
+    """Dimensions in another order."""
     return call.permute(x, dims)
 
 
 @rule(aten.transpose, aten.swapaxes, aten.swapdims, aten.adjoint, aten.mT, aten.mH)
 def transpose(call: Call, x: Operand, a: int = -2, b: int = -1) -> Operand:
-    """Two dimensions change places."""
+    """Two dimensions are swapped."""
     order = list(range(x.ndim))
     if order:
         order[a], order[b] = order[b], order[a]
@@ -83,13 +83,13 @@ def transpose(call: Call, x: Operand, a: int = -2, b: int = -1) -> Operand:
 
 @rule(aten.t, aten.numpy_T)
 def t(call: Call, x: Operand) -> Operand:
-    """All dimensions backwards."""
+    """All dimensions in reverse order."""
     return call.permute(x, list(range(x.ndim))[::-1])
 
 
 @rule(aten.movedim, aten.moveaxis)
 def movedim(call: Call, x: Operand, source: Any, destination: Any) -> Operand:
-    """Some dimensions go to new places, the others keep their order."""
+    """Some dimensions get new positions, the others keep their order."""
     sources = [d % x.ndim for d in ([source] if isinstance(source, int) else source)]
     targets = [d % x.ndim for d in ([destination] if isinstance(destination, int) else destination)]
     rest = iter(d for d in range(x.ndim) if d not in sources)
@@ -126,7 +126,7 @@ def expand_as(call: Call, x: Operand, other: Operand) -> Operand:
 
 @rule(aten.broadcast_tensors)
 def broadcast_tensors(call: Call, xs: list[Operand]) -> list[Operand]:
-    """All take the common shape."""
+    """All tensors are expanded to their common shape."""
     ys = [_expand(call, x, shape) for x, shape in zip(xs, call.shapes, strict=True) if shape is not None]
     for y in ys[1:]:
         for a, b in zip(ys[0].terms, y.terms, strict=True):
@@ -162,13 +162,13 @@ def repeat_interleave(
 
 @rule(aten.cat, aten.concat, aten.concatenate)
 def cat(call: Call, xs: list[Operand], dim: int = 0) -> Operand:
-    """One after the other; an empty vector may be among them."""
+    """Concatenation; empty vectors are ignored."""
     return call.cat([x for x in xs if x.shape != (0,)] or xs[:1], dim)
 
 
 @rule(aten.stack)
 def stack(call: Call, xs: list[Operand], dim: int = 0) -> Operand:
-    """One after the other along a new dimension."""
+    """Concatenation along a new dimension."""
     dim %= xs[0].ndim + 1
     return call.cat([call.view(x, (*x.shape[:dim], 1, *x.shape[dim:])) for x in xs], dim)
 
@@ -194,7 +194,7 @@ def _pieces(call: Call, x: Operand, dim: int, sizes: Sequence[int]) -> list[Oper
     aten.unsafe_split_with_sizes,
 )
 def pieces(call: Call, x: Operand, how: Any, dim: int = 0) -> list[Operand]:
-    """Consecutive pieces. Thinner pieces may differ in size, so the thinner call states each size."""
+    """Consecutive pieces. Thinner pieces may differ in size, so the thinner call takes the size of each."""
     if isinstance(how, Operand):
         call.fix(how, None, "it names the borders of pieces")
     parts = _pieces(call, x, dim, [shape[dim] for shape in call.shapes if shape is not None])
@@ -222,7 +222,7 @@ def select(call: Call, x: Operand, dim: int, index: int) -> Operand:
     index %= n
     before, _, _ = call.cut(x.terms[dim], [index, 1, n - index - 1])
     call.resize(index=Size(before) if index else 0)
-    call.watch(x.terms[dim])  # as the index may be counted from the end
+    call.watch(x.terms[dim])  # since the index may be counted from the end
     return _drop(call, x, dim)
 
 
@@ -249,13 +249,13 @@ def slice_(call: Call, x: Operand, dim: int = 0, start: Any = None, end: int | N
             call.resize(start=begin, length=Size(terms[dim]))
         else:
             call.rewrite(aten.narrow.default, call.node.args[0], dim, begin, Size(terms[dim]))
-        call.watch(x.terms[dim])  # as a place may be counted from the end
+        call.watch(x.terms[dim])  # since a position may be counted from the end
     return call.move(x, terms, [(d,) for d in range(x.ndim)])
 
 
 @rule(aten.roll)
 def roll(call: Call, x: Operand, shifts: Any, dims: Any = ()) -> Operand:
-    """Entries change places along ``dims``."""
+    """Entries are shifted along ``dims``."""
     dims = [dims] if isinstance(dims, int) else list(dims)
     call.fix(x, dims or None, "roll changes the places of its entries")
     return call.identity(x)
@@ -263,13 +263,13 @@ def roll(call: Call, x: Operand, shifts: Any, dims: Any = ()) -> Operand:
 
 @rule(aten.diagonal, aten.diag, aten.diag_embed, aten.tril, aten.triu, aten.rot90, aten.trace)
 def square(call: Call, x: Operand, *rest: Any, **named: Any) -> Any:
-    """Operators that relate the place in one dimension to the place in another."""
+    """Operators that relate positions in one dimension to positions in another."""
     return call.opaque("it is read along a diagonal")
 
 
 @rule(aten.meshgrid)
 def meshgrid(call: Call, xs: list[Operand], *, indexing: str = "ij") -> list[Operand]:
-    """Each vector is laid along its own dimension, and copied along the others."""
+    """Each vector varies along its own dimension, and is repeated along the others."""
     order = list(range(len(xs)))
     if indexing == "xy" and len(xs) > 1:
         order[0], order[1] = 1, 0

@@ -1,4 +1,4 @@
-"""Windows, grids and regions of images: channels may be removed, places stay."""
+"""Windows, grids and regions of images: channels may be removed, positions stay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLED = "it is sampled at places that are computed"
 
 @rule(aten.unfold)
 def unfold(call: Call, x: Operand, dimension: int, size: int, step: int) -> Operand:
-    """Windows along a dimension; the entries of each are a new last dimension."""
+    """Windows along a dimension; a new last dimension holds the entries of each window."""
     if not x.ndim:
         return call.fresh(call.shape, WINDOW)
     dimension %= x.ndim
@@ -31,7 +31,7 @@ def unfold(call: Call, x: Operand, dimension: int, size: int, step: int) -> Oper
 
 @rule(aten.unfold_backward)
 def unfold_backward(call: Call, x: Operand, sizes: Sequence[int], dim: int, size: int, step: int) -> Operand:
-    """The gradient of windows along a dimension, which is summed where they overlap."""
+    """The gradient of :func:`unfold`: windows are summed where they overlap."""
     if not call.shape:
         return call.fresh(call.shape, WINDOW)
     dim %= len(sizes)
@@ -44,7 +44,7 @@ def unfold_backward(call: Call, x: Operand, sizes: Sequence[int], dim: int, size
 
 @rule(aten.im2col)
 def im2col(call: Call, x: Operand, kernel: Sequence[int], *rest: Any) -> Operand:
-    """(*, C, H, W) -> (*, C·kernel, windows); places outside of the image hold zero."""
+    """(*, C, H, W) -> (*, C·kernel, windows); positions outside of the image are zero."""
     n = x.ndim - 3
     call.fix(x, [n + 1, n + 2], WINDOW)
     width = call.shape[n] // x.shape[n]
@@ -77,7 +77,7 @@ def grid_sampler(call: Call, x: Operand, grid: Operand, *rest: Any) -> Operand:
 
 @rule(aten.affine_grid_generator)
 def affine_grid(call: Call, theta: Operand, size: Sequence[int], align_corners: bool) -> Operand:
-    """theta (N, d, d + 1) -> places (N, *size, d)."""
+    """theta (N, d, d + 1) -> positions (N, *size, d)."""
     call.fix(theta, [1, 2], "it is a map of places")
     terms = [theta.terms[0], *(call.fixed(k, "they are places") for k in call.shape[1:])]
     call.resize(size=[Size(theta.terms[0]), *size[1:]])
@@ -86,7 +86,7 @@ def affine_grid(call: Call, theta: Operand, size: Sequence[int], align_corners: 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")
 def roi(call: Call, x: Operand, regions: Operand, *rest: Any) -> list[Operand]:
-    """x (N, C, H, W), regions (K, 5) -> (K, C, height, width); a pool also returns where its values came from."""
+    """x (N, C, H, W), regions (K, 5) -> (K, C, height, width); ``roi_pool`` also returns the indices of its values."""
     call.fix(x, [0, 2, 3], "regions are cut out of it")
     call.fix(regions, None, "it names regions")
     outs = []
@@ -102,7 +102,7 @@ def roi(call: Call, x: Operand, regions: Operand, *rest: Any) -> list[Operand]:
 def deform_conv(
     call: Call, x: Operand, weight: Operand, offset: Operand, mask: Operand, bias: Operand, *rest: Any
 ) -> Operand:
-    """A convolution that reads at places shifted by ``offset``, each weighted by ``mask``."""
+    """A convolution that reads at positions shifted by ``offset``, each weighted by ``mask``."""
     groups, shifts = rest[6:8]
     call.unify(x.terms[0], offset.terms[0])
     call.unify(x.terms[0], mask.terms[0])
@@ -110,7 +110,7 @@ def deform_conv(
         call.fix(mask, range(1, mask.ndim), "it weighs places")
     if shifts == 1:
         call.fix(offset, range(1, offset.ndim), "it names places")
-    else:  # an offset group may be removed with its channels, and the same channel of each: groups stay equally wide
+    else:  # an offset group may be removed with its channels, or the same channel of each, so groups stay equally wide
         parts = call.view(x, (x.shape[0], shifts, x.shape[1] // shifts, *x.shape[2:]))
         for places in (offset, mask) if mask.shape[1] > 1 else (offset,):
             own = call.view(places, (places.shape[0], shifts, places.shape[1] // shifts, *places.shape[2:]))
@@ -142,7 +142,7 @@ def deform_conv(
     aten.fft_ifftshift,
 )
 def fourier(call: Call, x: Operand, *args: Any, **named: Any) -> Operand:
-    """Every place along the transformed dimensions depends on all others."""
+    """Every position along the transformed dimensions depends on all others."""
     schema = call.node.op._schema.arguments  # type: ignore[attr-defined]
     given = {a.name: a.default_value for a in schema}
     given |= dict(zip((a.name for a in schema[1:]), args, strict=False)) | named

@@ -1,4 +1,4 @@
-"""The result of the search of a class: what a thinner model of it needs, and the decisions that led there."""
+"""The result of the search: what a thinner model of the class needs, and the decisions of the search."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Decision:
 
     Attributes:
         trial: Which groups were thinner when the class diverged.
-        operator, module, source: The call, the path of its module and the line of the user's code.
+        operator, module, source: The call, the path of its module, and the line of the user's code.
         saw: What the class did there.
         tried: The proposals that were tried, in order.
-        settled: The one that was taken.
+        settled: The proposal that was applied.
     """
 
     trial: str
@@ -48,7 +48,7 @@ class OwnClass:
         adaptation: What is set, folded, overridden, tied or kept whole.
         calls: The torch functions that the class calls, some of which may have to be overridden.
         steps: The decisions of the search, in order.
-        copy: The copy on which it was searched, if it is asked for more.
+        copy: The copy on which the class was searched, if it is needed again.
     """
 
     adaptation: Adaptation

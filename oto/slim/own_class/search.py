@@ -1,12 +1,12 @@
-"""Search for what the model's own class needs to be thinner, and for the groups that must stay whole.
+"""Search for what the model's own class needs in order to be thinner, and for the groups that must stay whole.
 
-A copy of the model with thinner tensors, none of which holds data, is run, and its calls are compared with those of
-the full model. If each is the same call on the same tensors, with the thinner shapes and sizes that the analysis
-expects, then the class computes what the rewritten graph computes, and no numbers have to be compared. The first call
-that differs is the divergence; repairs are proposed and tried, and the one that gets the class further is kept.
+A copy of the model with thinner tensors, usually without data, is run, and its calls are compared with those of the
+full model. If each is the same call on the same tensors, with the thinner shapes and sizes that the analysis expects,
+the class computes the same as the rewritten graph, and no numbers have to be compared. The first call that differs is
+the divergence. Repairs are proposed and tried, and the one with which the class runs further is kept.
 
-Example: a ``forward`` says ``x.view(b, t, 12, 64)`` and three heads are gone. The view is the divergence; setting the
-attribute that holds 12, or overriding the call, is the repair.
+Example: a ``forward`` calls ``x.view(b, t, 12, 64)``, and three heads are removed. The view is the divergence; the
+repair sets the attribute that holds 12, or overrides the call.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ log = logging.getLogger(__name__)
 
 CLASS = "its class cannot do without: no attribute states the size"
 _ROUNDS = 200
-"""Number of repairs after which groups are only kept whole: several times what the largest classes need."""
+"""Number of repairs after which divergences are only repaired by limits, such as keeping groups whole: several times
+what the largest classes need."""
 _FAR = 20
-"""A proposal that gets this many calls beyond the divergence is taken at once: a wrong one fails within a few."""
+"""A proposal with which the class runs this many calls beyond the divergence is accepted at once: a wrong one fails
+within a few calls."""
 _LAST, _LAST_SAYS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), "it is a dimension of an output"
 
 Repair = Callable[[Situation], Iterator[Proposal]]
@@ -76,19 +78,19 @@ AT_COUNTS: Sequence[Repair] = (
     call_overrides.proposals,
     minimum_widths.another_size,
 )
-"""The repairs to try, in order: for a call that divides by a count; for any other; for a call whose sizes come from no
-known attribute; what limits the groups if none of these helps; and for given counts, which can only grow by zero
-atoms."""
+"""The repairs to try, in order: for a call that divides by a count; for any other call; for a call whose sizes come
+from no known attribute; limits of the groups, if none of these helps; and for given counts, which can only be increased
+by zero atoms."""
 
 
 def own_class(
     model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, keeps: bool = False
 ) -> OwnClass:
-    """Find out what the class of ``model`` needs in order to be thinner.
+    """Search for what the class of ``model`` needs in order to be thinner.
 
     Args:
-        groups: Node groups; only the prunable ones may get thinner.
-        keeps: Also keep the copy on which it was searched.
+        groups: Node groups; only prunable ones may get thinner.
+        keeps: Also return the copy on which the class was searched.
     """
     trials = Trials(partition, groups)
     bench = Workbench(model, partition, dummy_input)
@@ -102,15 +104,17 @@ def own_class(
 def at_counts(
     model: nn.Module, partition: Partition, groups: Sequence[NodeGroup], dummy_input: Any, own: OwnClass, kept: Kept
 ) -> tuple[OwnClass, Kept]:
-    """What the class needs for exactly these counts, and the atoms to keep: a few zero atoms more where the class
-    branches on sizes.
+    """Search for what the class needs for exactly these counts.
 
     Args:
-        own: What was found for arbitrary counts.
+        own: The result of the search for arbitrary counts.
         kept: The remaining atoms of each prunable group.
 
+    Returns:
+        What the class needs, and the atoms to keep: with some additional zero atoms if the class branches on sizes.
+
     Raises:
-        EmitterError: No repair makes the class run with these counts.
+        EmitterError: No repair makes the class run with these counts, or the class makes other calls than recorded.
     """
     name = type(model).__name__
     bench = Workbench(model, partition, dummy_input)
@@ -126,7 +130,7 @@ def at_counts(
 
 
 def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]:
-    """The node groups with the limits of the class: some stay whole, are tied, or keep a minimum of atoms."""
+    """The node groups with the limits of the class: some stay whole, are tied, or have a minimum number of atoms."""
     minimum = own.adaptation.minimum
     enough = [replace(g, min_kept=max(g.min_kept, minimum.get(g.name, 0))) for g in groups]
     return merge_ties(keep_whole(enough, own.whole, CLASS), own.ties)
@@ -134,11 +138,13 @@ def limited(groups: Sequence[NodeGroup], own: OwnClass) -> tuple[NodeGroup, ...]
 
 @dataclass(eq=False)
 class Search:
-    """Repairs an adaptation until no try diverges.
+    """Repairs an adaptation until no trial diverges.
 
     Attributes:
-        adaptation: What is known so far; replaced, never changed.
-        steps: The decisions.
+        bench: Runs adapted copies.
+        trials: The trials to pass.
+        adaptation: The current adaptation; replaced, never modified.
+        steps: The decisions so far.
         failed: Whether a divergence could not be repaired, which can happen at given counts.
     """
 
@@ -149,7 +155,7 @@ class Search:
     failed: bool = False
 
     def result(self, describes: bool = True) -> OwnClass:
-        """What the class needs.
+        """Run the search.
 
         Args:
             describes: Also update attributes that only describe the input width of the last layer.
@@ -159,7 +165,7 @@ class Search:
         while not self.failed and (trial := self._next(right, trial)) is not None:
             divergence = self._divergence(self.adaptation, trial)
             free = self.trials.free.keys() - self.adaptation.whole.keys()
-            if divergence is None or (not free and self.trials.given is None):  # right, or nothing is thinner
+            if divergence is None or (not free and self.trials.given is None):  # passed, or nothing is thinner
                 right.add(trial)
                 continue
             stage(f"asking its class, call {divergence.index:,} of {len(self.bench.graph.nodes):,}")
@@ -171,7 +177,7 @@ class Search:
         return OwnClass(self.adaptation, self.bench.calls, tuple(self.steps))
 
     def _next(self, right: set[Trial], last: Trial | None) -> Trial | None:
-        """The next try, in a circle, that is not known to be right; the last one again if it was not right."""
+        """The next trial in cyclic order that has not passed, starting with the last one."""
         tries = self.trials.of(self.adaptation)
         at = tries.index(last) if last is not None and last in tries else 0
         return next((trial for trial in tries[at:] + tries[:at] if trial not in right), None)
@@ -182,7 +188,7 @@ class Search:
     # --- one repair ---------------------------------------------------------------------------------------------------
 
     def _repair(self, at: Situation) -> None:
-        """Apply the first kind of repair that gets the class further."""
+        """Apply the first kind of repair with which the class runs further."""
         tried: list[str] = []
         for repair in self._repairs(at):
             found = self._best(at, repair, tried)
@@ -204,8 +210,10 @@ class Search:
         return (*(COUNTS if counts else sizes), *LIMITS)
 
     def _best(self, at: Situation, repair: Repair, tried: list[str]) -> Proposal | None:
-        """The proposal that gets the class furthest, or the first that gets it far enough; of those that keep groups
-        whole, the last if no other gets it further."""
+        """The proposal with which the class runs furthest, or the first with which it runs far enough.
+
+        If proposals to keep groups whole do not make it run further, the last of them.
+        """
         best: Proposal | None = None
         reached = at.divergence.progress
         last: Proposal | None = None
@@ -221,7 +229,7 @@ class Search:
         return last if best is None and repair is whole.proposals else best
 
     def _reached(self, at: Situation, proposal: Proposal) -> Divergence | None:
-        """Where the class diverges with a proposal; ``None`` if it no longer does."""
+        """The divergence with a proposal; ``None`` if there is none."""
         after: Divergence | None = None
         for counts in proposal.counts or (None,):
             pruned = self.trials.prune(proposal.adaptation, at.trial, counts)
@@ -231,7 +239,7 @@ class Search:
         return after
 
     def _holds(self, at: Situation, proposal: Proposal) -> bool:
-        """Whether the tries before this one are still right, in case numbers now follow from other terms."""
+        """Whether earlier trials still pass, if the proposal changes the terms that numbers are computed from."""
         tries = self.trials.of(proposal.adaptation)
         before = tries[: tries.index(at.trial)] if proposal.restates and at.trial in tries else []
         return all(self._divergence(proposal.adaptation, trial) is None for trial in before)
@@ -239,9 +247,9 @@ class Search:
     # --- attributes that no call needs --------------------------------------------------------------------------------
 
     def _describe(self) -> None:
-        """Update attributes that state the input width of the last layer, unless a forward then diverges.
+        """Update attributes that hold the input width of the last layer, unless a forward then diverges.
 
-        A method that replaces the last layer reads such an attribute, as ``num_features`` in ``reset_classifier``.
+        Methods that replace the last layer read such attributes, for example ``num_features`` in ``reset_classifier``.
         """
         adaptation = self.adaptation
         found = self.bench.partition.found
@@ -264,7 +272,7 @@ class Search:
 
 
 def stated_by_code(bench: Workbench, trials: Trials) -> dict[AttributePlace, SizeAttribute]:
-    """The attributes that reach calls unchanged, and the sizes that they state there."""
+    """The attributes that calls take unchanged, and the sizes that they are there."""
     made: dict[AttributePlace, SizeAttribute] = {}
     for node in bench.graph.nodes:
         for place, size in bench.calls.attributes_of(node, bench.partition.found.tape.rewrites.get(node.index)).items():

@@ -1,4 +1,4 @@
-"""Try adaptations on a copy of the model: change it in place, run it without data, compare its calls, put it back."""
+"""Try adaptations on a copy of the model: change it in place, run it, compare its calls, and restore it."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ from oto.trace.record import follow
 from oto.trace.snapshot import Snapshot
 
 AHEAD = 64
-"""Calls beyond a divergence after which a try is cut: enough to see that it is gone, and few beside a whole run."""
+"""Number of calls beyond a divergence after which a run is stopped: enough to see that the divergence is repaired, and
+few compared with a whole run."""
 
 
 _KNOWN = 32
-"""Tries that are cached: as many proposals as one divergence gets. Not more, as what they raised holds their calls."""
+"""Number of cached runs: as many as one divergence has proposals. Exceptions in the cache keep their calls alive, so it
+should not be larger."""
 
 
 class Workbench:
-    """Where adaptations are tried.
+    """Runs adapted copies of a model and compares their calls with those of the full model.
 
     Attributes:
         full: The calls of the full model.
         calls: The torch functions that it calls.
-        blocks: Which of its calls have the same place in repeated blocks.
-        is_reproducible: Whether the full model, run again, makes the calls that were recorded.
-        is_traced: Whether the numbers among their arguments know the attributes that they came from.
+        blocks: Which of its calls have the same position in repeated blocks.
+        is_reproducible: Whether the full model, run again, makes the recorded calls.
+        is_traced: Whether the attributes are known from which numbers in the calls' arguments come.
         runs: How many times a thinner copy was run.
     """
 
@@ -69,11 +71,10 @@ class Workbench:
     # --- the full model -----------------------------------------------------------------------------------------------
 
     def _follow_full(self) -> bool:
-        """Whether the full model, run again, makes the calls that were recorded; sets the mode in which it does.
+        """Whether the full model, run again, makes the recorded calls; sets the mode in which it does.
 
-        The decisions of a run on data are those of the analysis, if it made them in the same way: a thinner copy is to
-        take that path whatever its tensors hold, and so is the full model, which may decide otherwise once it was
-        trained or zeroed.
+        If possible, a run on data repeats the decisions of the analysis: a thinner copy must take the same path
+        whatever its tensors hold, and so must the full model, which may decide differently after training or zeroing.
         """
         if self.graph.mode != "real":
             return self._follows(self.graph.mode, None)
@@ -85,7 +86,7 @@ class Workbench:
         return self.is_traced or self._follow(self.model, mode, script)
 
     def _follow_traced(self, mode: Mode, script: Script | None) -> bool:
-        """The same for a copy whose integers remember which attributes they came from."""
+        """:meth:`_follow` for a copy whose integers carry the attributes that they come from."""
         try:
             copy = self._copy
             with traced(copy.model, lambda module: stock(module) is not None):
@@ -122,10 +123,13 @@ class Workbench:
     # --- thinner copies -----------------------------------------------------------------------------------------------
 
     def divergence(self, adaptation: Adaptation, pruned: PrunedShapes, beyond: int | None = None) -> Divergence | None:
-        """Where the adapted class first does something else than it should; ``None`` if nowhere.
+        """The first call at which the adapted class differs from what is expected; ``None`` if there is none.
 
         Args:
-            beyond: A call at which it diverged before; it is run just far enough to see whether it still does.
+            adaptation: The adaptation to run.
+            pruned: The shapes of the thinner copy.
+            beyond: A call at which the class diverged before; the copy is only run as far as needed to see whether it
+                still does.
         """
         known_here = self._known.get((id(adaptation), id(pruned)))
         if known_here is not None:
@@ -140,7 +144,7 @@ class Workbench:
             reraise_out_of_memory(refused)
             return Divergence(0, refused)
         found = Comparison(self.full, run, adaptation, pruned, edits).divergence()
-        if not run.is_cut:  # after a repair the search repeats the try that showed that it helps
+        if not run.is_cut:  # after a repair, the search repeats the run that showed that it helps
             if len(self._known) >= _KNOWN:
                 self._known.clear()
             self._known[id(adaptation), id(pruned)] = adaptation, pruned, found
@@ -169,7 +173,7 @@ class Workbench:
 
     @cached_property
     def _copy(self) -> Copy:
-        """The copy that is run, first with traced integers, then thinner.
+        """The copy that is run: first whole, with traced integers, then thinner.
 
         Raises:
             EmitterError: The model cannot be copied.
@@ -178,16 +182,16 @@ class Workbench:
 
     @property
     def copy(self) -> Copy | None:
-        """The copy that was run, if others may change it and put it back; it holds no data then."""
+        """The copy that was run, if it can be changed and restored by others and holds no data; else ``None``."""
         made: Copy | None = vars(self).get("_copy")
         return made if made is not None and made.is_swappable and self.graph.mode != "real" else None
 
     def _thin(self, pruned: PrunedShapes, own: Adaptation, changed: bool = False) -> dict[str, Tensor]:
-        """A thinner tensor for each one of the model; where no data are needed, only constants hold any.
+        """Thinner tensors for those of the model, by name; if the run needs no data, only constants hold data.
 
         Args:
             own: The adaptation, whose counts are folded into parameters.
-            changed: Only those that change, by their first name.
+            changed: Include only tensors that change, by their first name.
         """
         made: dict[str, Tensor] = {}
         taking = own.scales if self.script is not None else {}
@@ -203,11 +207,11 @@ class Workbench:
         return made
 
     def _whole(self) -> dict[str, Tensor]:
-        """The tensors of a copy that is not thinner: the model's own if it is run on data, else without data."""
+        """The tensors of a copy that is not thinner: those of the model if it is run on data, else without data."""
         return tensors_of(self.model, self.partition) if self.graph.mode == "real" else self._empty()
 
     def _empty(self) -> dict[str, Tensor]:
-        """A tensor without data for each one of the model, except constants: a forward may read their numbers."""
+        """Tensors without data for those of the model, except constants, whose numbers a forward may read."""
         made: dict[str, Tensor] = {}
         for leaf in self.graph.leaves:
             if leaf.names:
@@ -218,20 +222,20 @@ class Workbench:
 
     @cached_property
     def uses(self) -> Uses:
-        """Which call makes each tensor, and which calls read it."""
+        """The calls that make and read each tensor."""
         return Uses.of(self.graph)
 
     @cached_property
     def _held_by_model(self) -> Snapshot:
-        """Snapshot of what the model holds; a copy that is thrown away shares some of it."""
+        """Snapshot of the model's state; a copy that is discarded shares some of it."""
         return Snapshot(self.model, self.dummy_input)
 
     def numbers(self, path: str) -> list[tuple[Key, int | float]]:
-        """The numbers that a module holds."""
+        """The numbers in the attributes of a module, with their keys."""
         if path not in self._numbers:
             self._numbers[path] = list(numbers(self.modules[path]))
         return self._numbers[path]
 
     def first_in(self, path: str) -> int:
-        """The first call that a module makes."""
+        """Index of the first call that a module makes; 0 if it makes none."""
         return next((n.index for n in self.graph.nodes if path in ancestors(n.module)), 0)
