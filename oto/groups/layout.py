@@ -277,7 +277,7 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
     if not 0 <= share < 1 or wanted > room:
         raise TargetError(
             f"target_group_sparsity={share} cannot be reached: every group keeps its min_kept\n"
-            f"  to fix  ask for a share in [0, {room / total:.4f}]"
+            f"  to fix  ask for a share in [0, {room / max(total, 1):.4f}]"
         )
     chosen: dict[str, list[int]] = {}
     may_go = Counter[str]()

@@ -29,7 +29,7 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
 
     Args:
         model: The model; its gradients and buffers are changed.
-        batches: Data over which criteria that use gradients are summed.
+        batches: Data over which criteria that use gradients are averaged.
         loss: Needed if there are batches.
 
     Raises:
@@ -45,7 +45,7 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
         return [Entries.of(group, parameters) for group in choice.groups]
 
     alive = torch.ones(sum(choice.sizes), dtype=torch.bool)
-    sums = [torch.zeros(len(alive)) for _ in choice.averaged]
+    sums, seen = [torch.zeros(len(alive)) for _ in choice.averaged], 0
     with torch.random.fork_rng():
         for batch in batches:
             if loss is None:
@@ -67,10 +67,10 @@ def left_now(choice: Choice, model: nn.Module, batches: Iterable[Any], loss: Los
                 value.backward()
             with torch.no_grad():
                 own = entries()
-                seen = [raw_scores(own, criterion, alive.device) for criterion in choice.averaged]
-            sums = [s + now for s, now in zip(sums, seen, strict=True)]
+                now = [raw_scores(own, criterion, alive.device) for criterion in choice.averaged]
+            sums, seen = [total + one for total, one in zip(sums, now, strict=True)], seen + 1
     with torch.no_grad():
-        averages, own = dict(zip(choice.averaged, sums, strict=True)), entries()
+        averages, own = {c: total / max(seen, 1) for c, total in zip(choice.averaged, sums, strict=True)}, entries()
         remedy = "pass batches= and a loss= that has a gradient (a model is no teacher of itself)"
         require_gradients(choice.groups, own, alive, averages, remedy)
         return left_by(choice, own, averages)

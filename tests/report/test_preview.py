@@ -68,6 +68,13 @@ def test_widths_and_costs_are_those_of_a_choice_that_meets_the_target(oto, asked
         assert goal - max(0.01 * goal, coarsest) <= after <= goal
 
 
+def test_criteria_are_averaged_over_batches_so_that_more_of_the_same_change_nothing(oto):
+    oto.model.eval()  # dropout draws other numbers for every batch
+    weighed = {"saliency": {"magnitude": 1.0, "taylor_first_order": 3.0}, "normalize": "none"}
+    once, often = (oto.preview(target_macs=0.5, batches=BATCHES[:1] * n, loss=loss, **weighed).kept for n in (1, 8))
+    assert once == often
+
+
 def test_the_costs_of_a_width_are_those_of_all_that_has_it_as_a_factor(oto):
     seen = {w.group: w for w in oto.preview(target_macs=0.5, saliency="magnitude").widths}
     inner = seen["blocks.0.0.weight"]
