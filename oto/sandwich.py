@@ -95,12 +95,14 @@ class Sandwich:
     def describe(self) -> dict[str, Any]:
         """The options as plain values, to be compared with those in a checkpoint."""
         taught = self.distillation if isinstance(self.distillation, bool) else "a function"
+        unusual = {} if self.class_dim == -1 else {"class_dim": self.class_dim}  # which older checkpoints do not name
         return {
             "ramp_steps": self.ramp,
             "networks_per_step": self.networks,
             "distillation": taught,
             "temperature": self.temperature,
             "seed": self.seed,
+            **unusual,
         }
 
     def weight(self, step: int) -> float:

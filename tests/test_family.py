@@ -301,11 +301,14 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(at: int) -> N
         assert all(torch.equal(own, b.part.buffers[name]) for name, own in a.part.buffers.items())
 
 
-def test_a_checkpoint_of_other_targets_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("option", "said"), [({"targets": [0.8, 0.5]}, r"targets: .*0\.75"), ({"class_dim": 1}, "class_dim: None .* 1 here")]
+)
+def test_a_checkpoint_of_other_options_is_refused(option: dict[str, Any], said: str) -> None:
     family = family_of(Plain(), torch.randn(2, 6))
     train(family, shape=(8, 6))
-    other = family_of(Plain(), torch.randn(2, 6), targets=[0.8, 0.5])
-    with pytest.raises(SetupError, match=r"targets: .*0\.75"):
+    other = family_of(Plain(), torch.randn(2, 6), **option)
+    with pytest.raises(SetupError, match=said):
         other.optimizer.load_state_dict(family.optimizer.state_dict())
 
 
