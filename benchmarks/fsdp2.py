@@ -1,7 +1,8 @@
 """What pruning costs beside plain FSDP2 training: memory of a process, seconds a step, and what is sent for it.
 
     python benchmarks/fsdp2.py                                # 27 M parameters, two processes, CPU
-    python benchmarks/fsdp2.py --hidden 1024 --layers 24 --heads 16 --kv-heads 16 --vocab 32000  # 0.5 B: 5 GB a process
+    python benchmarks/fsdp2.py --hidden 1024 --layers 24 --heads 16 --kv-heads 16 --vocab 32000  # .37 B: 6 GB a process
+    python benchmarks/fsdp2.py --hidden 1280 --layers 22 --heads 20 --kv-heads 20 --vocab 32000  # .52 B: 7 GB a process
 
 A Llama of random weights in float32, AdamW, one batch that is used again. Each method runs in processes of its own, so
 that peaks of memory (``ru_maxrss``; on CUDA, those of the allocator) are its own. The phases are: before pruning; the
