@@ -325,7 +325,7 @@ def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
     return [g for g in groups if g.name in hits or any(piece.parameter in hits for piece in g.zeros)]
 
 
-def atoms_of(asked: int | float, size: int, option: str) -> int:
+def atoms_of(asked: int | float, size: int, option: str, what: str = "atoms") -> int:
     """The number of atoms that is asked for: an int itself, a float as a share of ``size``, rounded up.
 
     Raises:
@@ -336,7 +336,7 @@ def atoms_of(asked: int | float, size: int, option: str) -> int:
     """
     whole = isinstance(asked, int) and not isinstance(asked, bool)
     if not (asked >= 0 if whole else isinstance(asked, float) and 0 <= asked <= 1):
-        raise TargetError(f"{option} is {asked!r}; it is a number of atoms (an int) or a share of them (a float)")
+        raise TargetError(f"{option} is {asked!r}; it is a number of {what} (an int) or a share of them (a float)")
     return int(asked) if whole else math.ceil(round(asked * size, 6))  # 0.55 * 100 is more than 55
 
 

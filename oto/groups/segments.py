@@ -24,6 +24,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -644,8 +645,18 @@ def _least(runs: Mapping[str, Sequence[str]], asked: MinDepth, names: Sequence[s
         hits = set(matching([pattern], names))
         for run, members in runs.items():
             if not hits.isdisjoint(members):
-                least[run] = min(atoms_of(number, len(members), "min_depth"), len(members))
+                least[run] = min(atoms_of(number, len(members), "min_depth", "segments"), len(members))
     return least
+
+
+def require_depth(asked: Any) -> None:
+    """Refuse a ``min_depth`` that means nothing, whether or not any segment may go.
+
+    Raises:
+        TargetError: A number is negative, or a share above 1.
+    """
+    for number in asked.values() if isinstance(asked, Mapping) else [asked]:
+        atoms_of(number, 1, "min_depth", "segments")
 
 
 def runs_of(segments: Sequence[Segment]) -> dict[str, list[str]]:

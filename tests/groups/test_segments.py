@@ -222,6 +222,13 @@ def test_runs_keep_some():
         segment_groups(partition, {"nothing": 1})
 
 
+@pytest.mark.parametrize("wrong", [-1, 1.5, "2", None, {"ways.*": -1}])
+@pytest.mark.parametrize("mode", ["prune", "both"])
+def test_a_depth_that_means_nothing_is_refused_whether_or_not_any_may_go(mode, wrong):
+    with pytest.raises(TargetError, match=r"min_depth is .*; it is a number of segments"):
+        OTO(Residual(ways=2), torch.randn(2, 4), compress_mode=mode, min_depth=wrong)
+
+
 def test_nothing_changes_for_prune():
     x, model = torch.randn(2, 4), Residual(ways=2)
     oto, both = OTO(model, x), OTO(model, x, compress_mode="both")
