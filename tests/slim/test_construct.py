@@ -429,6 +429,35 @@ def test_marks_on_parameters_stay(tmp_path, allow_graph):
         assert marks(load_subnet(tmp_path, made)) == wanted
 
 
+class Marked(nn.Parameter):
+    """A parameter of a class of its own, whose constructor asks for more than a tensor."""
+
+    def __new__(cls, data, part, requires_grad=True):
+        return super().__new__(cls, data, requires_grad)
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), Marked(self.data.clone(), "", self.requires_grad))
+
+    def __reduce_ex__(self, protocol):
+        return Marked, (self.data, "", self.requires_grad)
+
+
+@pytest.mark.parametrize("allow_graph", [False, True])
+def test_classes_of_parameters_stay(tmp_path, allow_graph):
+    def made():
+        model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+        model[0].weight = Marked(model[0].weight.data, "encoder", requires_grad=True)
+        return model
+
+    wanted = [Marked, nn.Parameter, nn.Parameter, nn.Parameter]
+    oto = OTO(made(), torch.randn(2, 3), allow_graph=allow_graph)
+    oto.random_set_zero_groups(0.5)
+    slim = oto.construct_subnet(tmp_path, emitter="graph" if allow_graph else "auto").model
+    assert [*map(type, slim.parameters())] == wanted and slim.get_parameter("0.weight").shape == (8, 3)
+    if not allow_graph:
+        assert [*map(type, load_subnet(tmp_path, made).parameters())] == wanted
+
+
 def test_marks_on_parameters_stay_when_the_model_shrinks_in_training():
     model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
     model[0].weight._no_weight_decay = True
