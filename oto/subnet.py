@@ -20,6 +20,7 @@ from oto.errors import (
     NotPrunedWarning,
     OptionError,
     first_line,
+    place_of,
     require_flags,
     rewording,
     some,
@@ -148,7 +149,7 @@ class Subnet:
             times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
             times = {name: [1e3 * s for s in own] for name, own in times.items()}
         return report(
-            Path(path).expanduser(),
+            place_of("path", path, "nothing was written"),
             self,
             self.origin,
             title=title,
@@ -189,7 +190,7 @@ class Subnet:
             EmitterError: The config cannot state the sizes of the slim model; the message names them.
             ArtifactError: The folder cannot be written or holds files, or what was written reads back differently.
         """
-        return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer, card(self))
+        return save_pretrained(self.model, place_of("out_dir", out_dir, "nothing was written"), tokenizer, card(self))
 
     def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
         """Write the slim model for another runtime and prove the file; sizes that the model leaves free are dynamic.
@@ -207,7 +208,7 @@ class Subnet:
             ArtifactError: The file exists already, or cannot be written.
             MissingExtraError: ONNX is requested but not installed (``pip install 'oto[onnx]'``).
         """
-        return export_model(self.model, self.example, how, Path(path).expanduser())
+        return export_model(self.model, self.example, how, place_of("path", path, "nothing was exported"))
 
 
 @dataclass(frozen=True)

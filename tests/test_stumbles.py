@@ -398,6 +398,13 @@ WRONG = {
     "program='yes'": lambda: OTO(mlp(8, 16, 3), X).construct_subnet(program="yes"),
     "a group without params": lambda: OTO(mlp(8, 16, 3), X).hesso(target_macs=0.5, total_steps=9, params=[{"lr": 1}]),
     "a path that is none": lambda: load_subnet(None, nn.Identity),
+    "export to none": lambda: zeroed().construct_subnet().export("onnx", None),
+    "export to nothing": lambda: zeroed().construct_subnet().export("pt2", ""),
+    "export in no way": lambda: zeroed().construct_subnet().export(["onnx"], "slim.onnx"),
+    "a report for none": lambda: zeroed().construct_subnet().report(None),
+    "a folder for none": lambda: zeroed().construct_subnet().save_pretrained(None),
+    "a drawing for 3": lambda: zeroed().visualize(3),
+    "a drawing in a file": lambda: zeroed().visualize(__file__),
 }
 SAYS = {
     "a teacher that is none": r"the teacher is a NoneType[^$]*nothing to copy",
@@ -421,7 +428,20 @@ SAYS = {
     "program='yes'": r"program is 'yes'; it is True or False",
     "a group without params": r"parameter group 0 has no 'params': lr",
     "a path that is none": r"None is no folder[^$]*nothing is loaded",
+    "export to none": r"path is None, of the class NoneType[^$]*nothing was exported[^$]*to fix",
+    "export to nothing": r"path is empty[^$]*nothing was exported[^$]*to fix",
+    "export in no way": r"how=\['onnx'\] is unknown[^$]*to fix",
+    "a report for none": r"path is None, of the class NoneType[^$]*nothing was written[^$]*to fix",
+    "a folder for none": r"out_dir is None, of the class NoneType[^$]*nothing was written[^$]*to fix",
+    "a drawing for 3": r"out_dir is 3, of the class int[^$]*nothing was drawn[^$]*to fix",
+    "a drawing in a file": r"cannot be written[^$]*nothing was drawn[^$]*to fix",
 }
+
+
+def zeroed() -> OTO:
+    oto = OTO(mlp(8, 16, 3), X)
+    oto.random_set_zero_groups(0.5)
+    return oto
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -437,6 +457,13 @@ def test_a_function_that_makes_no_model_is_told(tmp_path: Path, made: Any) -> No
     oto.construct_subnet(tmp_path)
     with pytest.raises(ClassChangedError, match=rf"is, or makes, a {type(made).__name__}, no torch[^$]*make_model"):
         load_subnet(tmp_path, lambda: made)
+
+
+def test_a_compiled_model_loads_as_what_was_compiled(tmp_path: Path) -> None:
+    zeroed().construct_subnet(tmp_path)
+    for given in (lambda: torch.compile(mlp(8, 16, 3)), torch.compile(mlp(8, 16, 3)), nn.DataParallel(mlp(8, 16, 3))):
+        slim = load_subnet(tmp_path, given)
+        assert type(slim) is nn.Sequential and slim[0].weight.shape == (8, 8)
 
 
 def test_an_example_without_entries_is_refused() -> None:

@@ -49,7 +49,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         ArtifactError: The file exists already, or cannot be written.
         MissingExtraError: ONNX is requested but not installed.
     """
-    if how not in _WAYS:
+    if not isinstance(how, str) or how not in _WAYS:
         raise EmitterError(f"how={how!r} is unknown\n  to fix  use {', '.join(map(repr, _WAYS))}")
     place = Path(path)
     check_out_dir(place.parent)
