@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +20,7 @@ from oto.errors import (
     EmitterError,
     NotPrunedWarning,
     OptionError,
+    VerificationError,
     first_line,
     place_of,
     require_flags,
@@ -329,7 +331,8 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     before = analysis.cost() if analysis.first is None else analysis.first.cost
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
-    with built, undone(later), preserved(analysis.model):
+    altered = analysis.state.altered(analysis.model)
+    with _telling(altered), built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
     source = (
         source if made.kept is kept else source.keeping(made.kept, source.own)
@@ -343,7 +346,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     short = _short_of(analysis, optimizer, zeros) if known is None else None
     if short:  # besides notes on what the layout or align= adds
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
-    notes = (*([short] if short else []), *([slow] if slow else []), *uneven, *made.notes)
+    notes = (*(one for one in (short, slow) if one), *_of_altered(altered), *uneven, *made.notes)
     return Subnet(
         made.model,
         build.out_dir,
@@ -358,6 +361,28 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
         example=analysis.example.given,
         config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
     )
+
+
+@contextmanager
+def _telling(altered: Sequence[str]) -> Iterator[None]:
+    """A slim model that computes something else is told with what was changed since the analysis."""
+    try:
+        yield
+    except VerificationError as failure:
+        if not altered:
+            raise
+        raise VerificationError(
+            f"the model was changed since OTO(...) was made, and zeros do not mean the same in it: {some(altered)}\n"
+            f"  proof   {first_line(failure)}\n"
+            "  effect  nothing was written\n"
+            "  to fix  change it back; or change the model first, then OTO(...), and train"
+        ) from failure
+
+
+def _of_altered(altered: Sequence[str]) -> list[str]:
+    if not altered:
+        return []
+    return [f"changed since OTO(...) was made, so costs are those of before, and may be stale: {some(altered)}"]
 
 
 def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:

@@ -218,7 +218,8 @@ def require_named(analysis: Analysis) -> None:
     or other shapes, as a new head has.
 
     Raises:
-        ModelChangedError: What would be zeroed is not found by its name, or some parameter has another shape.
+        ModelChangedError: What would be zeroed is not found by its name, some parameter has another shape, or what the
+            costs and the zeros of the model follow from was changed.
     """
     zeroed = dict.fromkeys(piece.parameter for group in analysis.groups if group.prunable for piece in group.zeros)
     there = dict(analysis.model.named_parameters(remove_duplicate=False))
@@ -228,6 +229,12 @@ def require_named(analysis: Analysis) -> None:
             "  effect  what is to be zeroed is not found by its name; nothing was made\n"
             "  to fix  change the model first (checkpoint_wrapper, block = torch.compile(block), new layers), then"
             " OTO(...); block.compile() keeps names, and may come later"
+        )
+    if altered := analysis.state.altered(analysis.model):
+        raise ModelChangedError(
+            f"{type(analysis.model).__name__} was changed since OTO(...) was made: {some(altered)}\n"
+            "  effect  what was found out about the model does not hold any more; nothing was made\n"
+            "  to fix  change the model first, then OTO(...)"
         )
     was = {name: leaf.value.shape for leaf in analysis.graph.leaves if leaf.kind == "parameter" for name in leaf.names}
     if other := [name for name in was if name in there and tuple(there[name].shape) != was[name]]:

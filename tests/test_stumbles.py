@@ -22,12 +22,14 @@ from oto.errors import (
     ArtifactError,
     ClassChangedError,
     DummyInputError,
+    ModelChangedError,
     NoGradientWarning,
     NothingPrunableError,
     NotPrunedWarning,
     OptionError,
     OTOError,
     TargetError,
+    VerificationError,
 )
 from oto.integrations import early_stopping, log_progress
 
@@ -457,6 +459,46 @@ def test_a_function_that_makes_no_model_is_told(tmp_path: Path, made: Any) -> No
     oto.construct_subnet(tmp_path)
     with pytest.raises(ClassChangedError, match=rf"is, or makes, a {type(made).__name__}, no torch[^$]*make_model"):
         load_subnet(tmp_path, lambda: made)
+
+
+def relu_of(act: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    mean = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), act, nn.Conv2d(16, 8, 3), mean, nn.Flatten(), nn.Linear(8, 2))
+
+
+def with_stride(model: nn.Sequential) -> None:
+    model[2].stride = (2, 2)
+
+
+def with_sigmoid(model: nn.Sequential) -> None:
+    model[1] = nn.Sigmoid()
+
+
+CHANGES = {with_stride: r"2\.stride is \(2, 2\), and was \(1, 1\)", with_sigmoid: r"1 is a Sigmoid, and was a ReLU"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_by_hand_is_refused_before_training(change: Any) -> None:
+    model = relu_of(nn.ReLU())
+    oto = OTO(model, torch.randn(2, 3, 8, 8))
+    model[1].inplace, model[1].calls = True, 3  # neither says anything of the analysis
+    oto.hesso(lr=0.1, target_macs=0.5, total_steps=9)
+    change(model)
+    with pytest.raises(ModelChangedError, match=f"{CHANGES[change]}[^$]*nothing was made[^$]*to fix"):
+        oto.hesso(lr=0.1, target_macs=0.5, total_steps=9)
+
+
+def test_a_model_that_is_changed_by_hand_later_is_told() -> None:
+    model = relu_of(nn.ReLU())
+    oto = OTO(model, torch.randn(2, 3, 8, 8))
+    oto.random_set_zero_groups(0.5)
+    assert not oto.construct_subnet().notes
+    with_stride(model)
+    assert any(re.search(f"{CHANGES[with_stride]}", note) for note in oto.construct_subnet().notes)
+    with_sigmoid(model)
+    with pytest.raises(VerificationError, match=f"{CHANGES[with_sigmoid]}[^$]*nothing was written[^$]*change it back"):
+        oto.construct_subnet()
 
 
 def test_a_compiled_model_loads_as_what_was_compiled(tmp_path: Path) -> None:
