@@ -286,6 +286,22 @@ def place_of(name: str, given: Any, effect: str) -> Path:
     raise OptionError(f"{name} is {told}\n  effect  {effect}\n  to fix  name a place, by a text or a path")
 
 
+def items_of(name: str, given: Any) -> list[Any]:
+    """The items of an argument that is gone through once.
+
+    Raises:
+        OptionError: It cannot be.
+    """
+    try:
+        items = iter(given)
+    except TypeError as failure:
+        raise OptionError(
+            f"{name} is {given!r}, of the class {type(given).__name__}, which cannot be gone through\n"
+            "  effect  nothing was made or changed\n  to fix  a list, or whatever else a for loop takes"
+        ) from failure
+    return list(items)
+
+
 def some(names: Iterable[str], limit: int = 5) -> str:
     """Join names for a message, cut after ``limit`` with a count.
 
