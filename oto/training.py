@@ -230,12 +230,6 @@ def require_named(analysis: Analysis) -> None:
             "  to fix  change the model first (checkpoint_wrapper, block = torch.compile(block), new layers), then"
             " OTO(...); block.compile() keeps names, and may come later"
         )
-    if altered := analysis.state.altered(analysis.model):
-        raise ModelChangedError(
-            f"{type(analysis.model).__name__} was changed since OTO(...) was made: {some(altered)}\n"
-            "  effect  what was found out about the model does not hold any more; nothing was made\n"
-            "  to fix  change the model first, then OTO(...)"
-        )
     was = {name: leaf.value.shape for leaf in analysis.graph.leaves if leaf.kind == "parameter" for name in leaf.names}
     if other := [name for name in was if name in there and tuple(there[name].shape) != was[name]]:
         raise ModelChangedError(
@@ -244,6 +238,12 @@ def require_named(analysis: Analysis) -> None:
             f" {other[0]} is {list(there[other[0]].shape)}, and was {list(was[other[0]])}\n"
             "  effect  what was found out about the model does not hold any more; nothing was made\n"
             "  to fix  change the model first (new layers, a new head, more tokens), then OTO(...)"
+        )
+    if altered := analysis.state.altered(analysis.model):
+        raise ModelChangedError(
+            f"{type(analysis.model).__name__} was changed since OTO(...) was made: {some(altered)}\n"
+            "  effect  what was found out about the model does not hold any more; nothing was made\n"
+            "  to fix  change the model first, then OTO(...)"
         )
 
 
