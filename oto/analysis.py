@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from oto._torch import FakeTensor, holder, tree_leaves, unwrapped
 from oto.adapters import makers_of_adapted
+from oto.atomic import rewording_os_errors
 from oto.axes.registry import known
 from oto.errors import (
     DummyInputError,
@@ -32,6 +33,7 @@ from oto.errors import (
     UnknownOpWarning,
     UnknownParameterError,
     UnstatedWarning,
+    place_of,
     require_flags,
     rewording,
     some,
@@ -56,7 +58,7 @@ from oto.groups.policy import (
     require_prunable,
     zeroing,
 )
-from oto.groups.segments import Branches, MinDepth, segment_groups, with_segments
+from oto.groups.segments import Branches, MinDepth, require_depth, segment_groups, with_segments
 from oto.optim.entries import Rows
 from oto.progress import stages
 from oto.report.draw import draw
@@ -113,6 +115,7 @@ class Options:
             raise OptionError(f"compress_mode is {self.compress_mode!r}; it is one of {', '.join(map(repr, MODES))}")
         if self.layout not in LAYOUTS:
             raise OptionError(f"layout is {self.layout!r}; it is one of {', '.join(map(repr, LAYOUTS))}")
+        require_depth(self.min_depth)
         require_flags(allow_graph=self.allow_graph, prune_frozen=self.prune_frozen, drop_unreached=self.drop_unreached)
 
 
@@ -232,7 +235,9 @@ class Analysis:
 
     def draw(self, out_dir: str | os.PathLike[str], **how: bool) -> list[Path]:
         """Draw the graph to files; see :meth:`oto.OTO.visualize`."""
-        return draw(self.partition, self.groups, Path(out_dir).expanduser(), type(self.model).__name__, **how)
+        folder = place_of("out_dir", out_dir, "nothing was drawn")
+        with rewording_os_errors(folder, "nothing was drawn"):
+            return draw(self.partition, self.groups, folder, type(self.model).__name__, **how)
 
     # Marks: keep further groups whole -----------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class OTO(Pruning):
             removed, such as the branch of a residual block, or the attention or MLP of a layer, see :meth:`erasable`.
             ``"both"``: both, within one budget.
         min_depth: The minimum number of segments that a run of repeated blocks keeps: an int; a float, as a share; or a
-            mapping from globs of module paths to either.
+            mapping from globs of module paths to either, of which the largest counts.
         everything: The former name of ``allow_graph``.
 
     Raises:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oto.errors import OptionError
+from oto.errors import OptionError, items_of
 from oto.groups import NodeGroup
 from oto.groups.node_group import computable
 from oto.groups.readers import Reader
@@ -60,7 +60,7 @@ class Data:
         Raises:
             OptionError: There are too few batches, ``holdout`` is invalid, or there is no loss.
         """
-        listed = list(batches)
+        listed = items_of("batches", batches)
         if not callable(loss):
             raise OptionError(
                 "one_shot needs a loss\n  to fix  pass loss=, a function of the model and a batch, such as"

@@ -5,9 +5,11 @@ Each class has one cause. Bugs of the library raise ``AssertionError``.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,6 +274,34 @@ def require_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not (value is None or isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))):
             raise OptionError(f"{name} is {value!r}; it is True or False")
+
+
+def place_of(name: str, given: Any, effect: str) -> Path:
+    """The place that an argument names.
+
+    Raises:
+        OptionError: It is neither a text nor a path, or names nothing.
+    """
+    if isinstance(given, str | os.PathLike) and os.fspath(given):
+        return Path(given).expanduser()
+    told = f"{given!r}, of the class {type(given).__name__}" if given != "" else "empty"
+    raise OptionError(f"{name} is {told}\n  effect  {effect}\n  to fix  name a place, by a text or a path")
+
+
+def items_of(name: str, given: Any) -> list[Any]:
+    """The items of an argument that is gone through once.
+
+    Raises:
+        OptionError: It cannot be.
+    """
+    try:
+        items = iter(given)
+    except TypeError as failure:
+        raise OptionError(
+            f"{name} is {given!r}, of the class {type(given).__name__}, which cannot be gone through\n"
+            "  effect  nothing was made or changed\n  to fix  a list, or whatever else a for loop takes"
+        ) from failure
+    return list(items)
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
-from oto.errors import OptionError
+from oto.errors import OptionError, place_of
 from oto.io.artifact import check_out_dir
 from oto.io.family import files_of_family
 from oto.members import FamilyMember, Maker, Sorted, estimate_norms_, found_in, has_norms, save
@@ -272,7 +272,7 @@ class Family(FamilyTraining):
         rows = [
             MemberRow(str(m.target), m.cost, m.score, m.trained) for m in (self.members if members is None else members)
         ]
-        return report(Path(path).expanduser(), title or type(self.model).__name__, rows)
+        return report(place_of("path", path, "nothing was written"), title or type(self.model).__name__, rows)
 
     def cut(
         self,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
-from oto.errors import OptionError, some
+from oto.errors import OptionError, items_of, some
 from oto.groups.adapters import adapters, ranks_in
 from oto.groups.node_group import NodeGroup
 from oto.optim.composed import Composed
@@ -76,7 +76,7 @@ def mark_by_knowledge(
 ) -> tuple[Analysis, Knowledge]:
     """Measure the groups and keep the most sensitive ones whole; see :meth:`oto.OTO.mark_unprunable_by_knowledge`."""
     refuse_sharded(analysis.model, "a measurement of what groups cost")
-    held = list(batches)
+    held = items_of("batches", batches)
     if not held or not callable(loss) or not 0 <= share < 1 or not levels or not all(0 < own < 1 for own in levels):
         raise OptionError(
             f"{len(held)} batches, share={share!r}, levels={levels!r}: there is at least one batch, a loss of the model"

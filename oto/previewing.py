@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oto.analysis import Analysis
-from oto.errors import NothingPrunableError, TargetError, first_line
+from oto.errors import NothingPrunableError, TargetError, first_line, items_of
 from oto.groups.align import ON_CUDA, Align
 from oto.optim import Choice
 from oto.optim.criteria import FROM_MAGNITUDE
@@ -39,7 +39,7 @@ def preview(
     options: Mapping[str, Any],
 ) -> Preview:
     """What each layer would keep for a target; see :meth:`oto.OTO.preview`."""
-    batches = list(batches)
+    batches = items_of("batches", batches)
     if batches:
         refuse_sharded(analysis.model, "a preview by gradients of batches")
     choice = choice_for(analysis, {**({} if batches else FROM_MAGNITUDE), **options}, "preview")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -60,9 +61,10 @@ class Rewarmed:
     floor: float = FLOOR
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1:
+        numbers = all(isinstance(given, Real) for given in (self.steps, self.warmup, self.floor))
+        if not numbers or self.steps < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1:
             raise OptionError(
-                f"steps is {self.steps}, warmup {self.warmup} and floor {self.floor}\n"
+                f"steps is {self.steps!r}, warmup {self.warmup!r} and floor {self.floor!r}\n"
                 "  effect  there is no such schedule\n"
                 "  to fix  at least one step; shares of the steps and of the largest learning rate, in [0, 1]"
             )
@@ -88,8 +90,14 @@ def rewarmed(optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = WA
         floor: The rate at the end, as a share of the largest.
 
     Raises:
-        OptionError: An argument is out of range.
+        OptionError: An argument is out of range, or ``optimizer`` is none.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"optimizer is a {type(optimizer).__name__}, no torch.optim.Optimizer\n"
+            "  effect  there are no learning rates to schedule\n"
+            "  to fix  pass what oto.hesso(...) returned, or any optimizer of torch"
+        )
     return LambdaLR(optimizer, Rewarmed(steps, warmup, floor))
 
 
@@ -127,6 +135,26 @@ def reweighted(
     return {name: (1 - smoothing) * w / total + smoothing / len(grown) for name, w in grown.items()}
 
 
+def _lengths(sources: Any) -> dict[str, int]:
+    """The number of samples of each source.
+
+    Raises:
+        OptionError: The sources have no names, or one has no length, as what streams has none.
+    """
+    if not isinstance(sources, Mapping):
+        raise OptionError(
+            f"the sources are a {type(sources).__name__}; they are datasets by name\n"
+            "  effect  there is nothing to draw from\n  to fix  a mapping, such as {'new': new, 'old': old}"
+        )
+    if without := [name for name, source in sources.items() if not hasattr(source, "__len__")]:
+        kinds = some(f"{name} is a {type(sources[name]).__name__}" for name in without)
+        raise OptionError(
+            f"{kinds}, which has no length\n  effect  it is not known how many samples there are to draw from\n"
+            "  to fix  datasets with a length, which give a sample for a number; read some of what streams into a list"
+        )
+    return {name: len(source) for name, source in sources.items()}
+
+
 class Mixture(Sampler[int]):
     """Draw samples from several sources, by shares that may change during training.
 
@@ -162,10 +190,11 @@ class Mixture(Sampler[int]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        sizes = {name: len(source) for name, source in sources.items()}
+        sizes = _lengths(sources)
         shares = dict(sizes) if shares is None else shares
-        if not sizes or not all(sizes.values()) or not 0 <= rank < world:
-            raise OptionError(f"the sources have {sizes} samples, for process {rank} of {world}; none may be empty")
+        whole = isinstance(rank, int) and isinstance(world, int)
+        if not sizes or not all(sizes.values()) or not whole or not 0 <= rank < world:
+            raise OptionError(f"the sources have {sizes} samples, for process {rank!r} of {world!r}; none may be empty")
         self.dataset: Dataset[Any] = ConcatDataset(sources.values())
         self.sizes, self.length = sizes, sum(sizes.values()) if length is None else length
         self.rank, self.world = rank, world
@@ -240,10 +269,13 @@ def replay(new: Any, old: Any, share: float = WEAK, *, length: int | None = None
         share: The share of old data: 5 % if the new data are similar; ``STRONG``, 25 %, if they differ much.
         length: Number of samples in an epoch; by default the number of new ones, so replay costs no time.
         **options: Options of :class:`Mixture`.
+
+    Raises:
+        OptionError: ``share`` is no share, or what is given has no length.
     """
-    if not 0 <= share <= 1:
+    if not isinstance(share, Real) or not 0 <= share <= 1:
         raise OptionError(f"share is {share!r}; it is the share of old samples, in [0, 1]")
-    length = len(new) if length is None else length
+    length = _lengths({"new": new, "old": old})["new"] if length is None else length
     return Mixture({"new": new, "old": old}, {"new": 1 - share, "old": share}, length=length, **options)
 
 

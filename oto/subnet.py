@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,7 +20,9 @@ from oto.errors import (
     EmitterError,
     NotPrunedWarning,
     OptionError,
+    VerificationError,
     first_line,
+    place_of,
     require_flags,
     rewording,
     some,
@@ -148,7 +151,7 @@ class Subnet:
             times = dict(zip(models, rounds(list(models.values()), dummy_input, least=20, seconds=3.0), strict=True))
             times = {name: [1e3 * s for s in own] for name, own in times.items()}
         return report(
-            Path(path).expanduser(),
+            place_of("path", path, "nothing was written"),
             self,
             self.origin,
             title=title,
@@ -189,7 +192,7 @@ class Subnet:
             EmitterError: The config cannot state the sizes of the slim model; the message names them.
             ArtifactError: The folder cannot be written or holds files, or what was written reads back differently.
         """
-        return save_pretrained(self.model, Path(out_dir).expanduser(), tokenizer, card(self))
+        return save_pretrained(self.model, place_of("out_dir", out_dir, "nothing was written"), tokenizer, card(self))
 
     def export(self, how: str, path: str | os.PathLike[str]) -> list[Check]:
         """Write the slim model for another runtime and prove the file; sizes that the model leaves free are dynamic.
@@ -207,7 +210,7 @@ class Subnet:
             ArtifactError: The file exists already, or cannot be written.
             MissingExtraError: ONNX is requested but not installed (``pip install 'oto[onnx]'``).
         """
-        return export_model(self.model, self.example, how, Path(path).expanduser())
+        return export_model(self.model, self.example, how, place_of("path", path, "nothing was exported"))
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,8 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     before = analysis.cost() if analysis.first is None else analysis.first.cost
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
-    with built, undone(later), preserved(analysis.model):
+    altered = analysis.state.altered(analysis.model)
+    with _telling(altered), built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
     source = (
         source if made.kept is kept else source.keeping(made.kept, source.own)
@@ -342,7 +346,7 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     short = _short_of(analysis, optimizer, zeros) if known is None else None
     if short:  # besides notes on what the layout or align= adds
         warnings.warn(short, NotPrunedWarning, stacklevel=users_level())
-    notes = (*([short] if short else []), *([slow] if slow else []), *uneven, *made.notes)
+    notes = (*(one for one in (short, slow) if one), *_of_altered(altered), *uneven, *made.notes)
     return Subnet(
         made.model,
         build.out_dir,
@@ -357,6 +361,28 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
         example=analysis.example.given,
         config={} if recipe is None or made.edits is None else recipe.as_given(made.edits.config),
     )
+
+
+@contextmanager
+def _telling(altered: Sequence[str]) -> Iterator[None]:
+    """A slim model that computes something else is told with what was changed since the analysis."""
+    try:
+        yield
+    except VerificationError as failure:
+        if not altered:
+            raise
+        raise VerificationError(
+            f"the model was changed since OTO(...) was made, and zeros do not mean the same in it: {some(altered)}\n"
+            f"  proof   {first_line(failure)}\n"
+            "  effect  nothing was written\n"
+            "  to fix  change it back; or change the model first, then OTO(...), and train"
+        ) from failure
+
+
+def _of_altered(altered: Sequence[str]) -> list[str]:
+    if not altered:
+        return []
+    return [f"changed since OTO(...) was made, so costs are those of before, and may be stale: {some(altered)}"]
 
 
 def _recipe(analysis: Analysis, emitter: str) -> Recipe | None:

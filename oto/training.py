@@ -224,7 +224,8 @@ def require_named(analysis: Analysis) -> None:
     A module that was wrapped since has other names, and a new head has other shapes.
 
     Raises:
-        ModelChangedError: A parameter that would be zeroed is not found by its name, or one has another shape.
+        ModelChangedError: What would be zeroed is not found by its name, some parameter has another shape, or what the
+            costs and the zeros of the model follow from was changed.
     """
     zeroed = dict.fromkeys(piece.parameter for group in analysis.groups if group.prunable for piece in group.zeros)
     there = dict(analysis.model.named_parameters(remove_duplicate=False))
@@ -243,6 +244,12 @@ def require_named(analysis: Analysis) -> None:
             f" {other[0]} is {list(there[other[0]].shape)}, and was {list(was[other[0]])}\n"
             "  effect  what was found out about the model does not hold any more; nothing was made\n"
             "  to fix  change the model first (new layers, a new head, more tokens), then OTO(...)"
+        )
+    if altered := analysis.state.altered(analysis.model):
+        raise ModelChangedError(
+            f"{type(analysis.model).__name__} was changed since OTO(...) was made: {some(altered)}\n"
+            "  effect  what was found out about the model does not hold any more; nothing was made\n"
+            "  to fix  change the model first, then OTO(...)"
         )
 
 

@@ -302,7 +302,8 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(at: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [({"targets": [0.8, 0.5]}, r"targets: .*0\.75"), ({"class_dim": 1}, "class_dim: None .* 1 here")]
+    ("option", "said"),
+    [({"targets": [0.8, 0.5]}, r"targets: .*0\.75"), ({"class_dim": 1}, "class_dim: None .* 1 here")],
 )
 def test_a_checkpoint_of_other_options_is_refused(option: dict[str, Any], said: str) -> None:
     family = family_of(Plain(), torch.randn(2, 6))

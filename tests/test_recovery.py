@@ -164,8 +164,28 @@ def test_what_cannot_be_drawn_is_refused(sources, options, message):
 
 
 def test_shares_of_old_data_are_shares():
-    with pytest.raises(OptionError, match=r"share is 5"):
-        replay([1], [2], 5)
+    for share in (5, "0.1", None):
+        with pytest.raises(OptionError, match=f"share is {share!r}"):
+            replay([1], [2], share)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replay(None, None), r"new is a NoneType, old is a NoneType, which has no length[^$]*to fix"),
+        (lambda: replay([1], iter([2])), r"old is a list_iterator, which has no length[^$]*to fix"),
+        (lambda: Mixture([[1]]), r"the sources are a list; they are datasets by name[^$]*to fix"),
+        (lambda: Mixture({"a": [1]}, rank=None), r"process None of 1"),
+    ],
+)
+def test_what_has_no_length_is_refused(make, message):
+    with pytest.raises(OptionError, match=message):
+        make()
+
+
+def test_what_has_no_rates_is_refused():
+    with pytest.raises(OptionError, match=r"optimizer is a NoneType, no torch[^$]*effect[^$]*to fix[^$]*oto\.hesso"):
+        rewarmed(None, 3)
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------

@@ -22,12 +22,14 @@ from oto.errors import (
     ArtifactError,
     ClassChangedError,
     DummyInputError,
+    ModelChangedError,
     NoGradientWarning,
     NothingPrunableError,
     NotPrunedWarning,
     OptionError,
     OTOError,
     TargetError,
+    VerificationError,
 )
 from oto.integrations import early_stopping, log_progress
 
@@ -398,6 +400,21 @@ WRONG = {
     "program='yes'": lambda: OTO(mlp(8, 16, 3), X).construct_subnet(program="yes"),
     "a group without params": lambda: OTO(mlp(8, 16, 3), X).hesso(target_macs=0.5, total_steps=9, params=[{"lr": 1}]),
     "a path that is none": lambda: load_subnet(None, nn.Identity),
+    "batches that are 3": lambda: OTO(mlp(8, 16, 3), X).preview(target_macs=0.5, batches=3),
+    "no batches": lambda: OTO(mlp(8, 16, 3), X).one_shot(target_macs=0.5, batches=None, loss=None),
+    "parameters that are 3": lambda: OTO(mlp(8, 16, 3), X).hesso(lr=1, target_macs=0.5, total_steps=9, params=3),
+    "a base that is none": lambda: OTO(mlp(8, 16, 3), X).hesso(target_macs=0.5, total_steps=9, base=3),
+    "steps that are a text": lambda: OTO(mlp(8, 16, 3), X).hesso(lr=1, target_macs=0.5, total_steps="9"),
+    "periods that are a list": lambda: OTO(mlp(8, 16, 3), X).hesso(
+        lr=1, target_macs=0.5, total_steps=9, pruning_periods=[2]
+    ),
+    "export to none": lambda: zeroed().construct_subnet().export("onnx", None),
+    "export to nothing": lambda: zeroed().construct_subnet().export("pt2", ""),
+    "export in no way": lambda: zeroed().construct_subnet().export(["onnx"], "slim.onnx"),
+    "a report for none": lambda: zeroed().construct_subnet().report(None),
+    "a folder for none": lambda: zeroed().construct_subnet().save_pretrained(None),
+    "a drawing for 3": lambda: zeroed().visualize(3),
+    "a drawing in a file": lambda: zeroed().visualize(__file__),
 }
 SAYS = {
     "a teacher that is none": r"the teacher is a NoneType[^$]*nothing to copy",
@@ -421,7 +438,26 @@ SAYS = {
     "program='yes'": r"program is 'yes'; it is True or False",
     "a group without params": r"parameter group 0 has no 'params': lr",
     "a path that is none": r"None is no folder[^$]*nothing is loaded",
+    "batches that are 3": r"batches is 3, of the class int[^$]*nothing was made or changed[^$]*to fix",
+    "no batches": r"batches is None, of the class NoneType[^$]*to fix",
+    "parameters that are 3": r"params is 3, of the class int[^$]*to fix",
+    "a base that is none": r"base is 3, no optimizer[^$]*nothing was made[^$]*to fix",
+    "steps that are a text": r"total_steps is '9', which is no number[^$]*to fix",
+    "periods that are a list": r"pruning_periods is \[2\], which is no number[^$]*to fix",
+    "export to none": r"path is None, of the class NoneType[^$]*nothing was exported[^$]*to fix",
+    "export to nothing": r"path is empty[^$]*nothing was exported[^$]*to fix",
+    "export in no way": r"how=\['onnx'\] is unknown[^$]*to fix",
+    "a report for none": r"path is None, of the class NoneType[^$]*nothing was written[^$]*to fix",
+    "a folder for none": r"out_dir is None, of the class NoneType[^$]*nothing was written[^$]*to fix",
+    "a drawing for 3": r"out_dir is 3, of the class int[^$]*nothing was drawn[^$]*to fix",
+    "a drawing in a file": r"cannot be written[^$]*nothing was drawn[^$]*to fix",
 }
+
+
+def zeroed() -> OTO:
+    oto = OTO(mlp(8, 16, 3), X)
+    oto.random_set_zero_groups(0.5)
+    return oto
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -437,6 +473,53 @@ def test_a_function_that_makes_no_model_is_told(tmp_path: Path, made: Any) -> No
     oto.construct_subnet(tmp_path)
     with pytest.raises(ClassChangedError, match=rf"is, or makes, a {type(made).__name__}, no torch[^$]*make_model"):
         load_subnet(tmp_path, lambda: made)
+
+
+def relu_of(act: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    mean = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), act, nn.Conv2d(16, 8, 3), mean, nn.Flatten(), nn.Linear(8, 2))
+
+
+def with_stride(model: nn.Sequential) -> None:
+    model[2].stride = (2, 2)
+
+
+def with_sigmoid(model: nn.Sequential) -> None:
+    model[1] = nn.Sigmoid()
+
+
+CHANGES = {with_stride: r"2\.stride is \(2, 2\), and was \(1, 1\)", with_sigmoid: r"1 is a Sigmoid, and was a ReLU"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_by_hand_is_refused_before_training(change: Any) -> None:
+    model = relu_of(nn.ReLU())
+    oto = OTO(model, torch.randn(2, 3, 8, 8))
+    model[1].inplace, model[1].calls = True, 3  # neither says anything of the analysis
+    oto.hesso(lr=0.1, target_macs=0.5, total_steps=9)
+    change(model)
+    with pytest.raises(ModelChangedError, match=f"{CHANGES[change]}[^$]*nothing was made[^$]*to fix"):
+        oto.hesso(lr=0.1, target_macs=0.5, total_steps=9)
+
+
+def test_a_model_that_is_changed_by_hand_later_is_told() -> None:
+    model = relu_of(nn.ReLU())
+    oto = OTO(model, torch.randn(2, 3, 8, 8))
+    oto.random_set_zero_groups(0.5)
+    assert not oto.construct_subnet().notes
+    with_stride(model)
+    assert any(re.search(f"{CHANGES[with_stride]}", note) for note in oto.construct_subnet().notes)
+    with_sigmoid(model)
+    with pytest.raises(VerificationError, match=f"{CHANGES[with_sigmoid]}[^$]*nothing was written[^$]*change it back"):
+        oto.construct_subnet()
+
+
+def test_a_compiled_model_loads_as_what_was_compiled(tmp_path: Path) -> None:
+    zeroed().construct_subnet(tmp_path)
+    for given in (lambda: torch.compile(mlp(8, 16, 3)), torch.compile(mlp(8, 16, 3)), nn.DataParallel(mlp(8, 16, 3))):
+        slim = load_subnet(tmp_path, given)
+        assert type(slim) is nn.Sequential and slim[0].weight.shape == (8, 8)
 
 
 def test_an_example_without_entries_is_refused() -> None:

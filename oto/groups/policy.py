@@ -11,6 +11,7 @@ import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import networkx as nx
@@ -345,18 +346,18 @@ def called(pattern: str, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
     return [g for g in groups if g.name in hits or any(piece.parameter in hits for piece in g.zeros)]
 
 
-def atoms_of(asked: int | float, size: int, option: str) -> int:
+def atoms_of(asked: int | float, size: int, option: str, what: str = "atoms") -> int:
     """The number of atoms that an option requests: an int itself, or a float as a share of ``size``, rounded up.
 
     Raises:
-        TargetError: ``asked`` is negative, a share above 1, or neither an int nor a float.
+        TargetError: ``asked`` is negative, a share above 1, or no number.
 
     >>> atoms_of(0.55, 100, "min_kept"), atoms_of(0.3, 8, "min_kept"), atoms_of(5, 8, "min_kept")
     (55, 3, 5)
     """
-    whole = isinstance(asked, int) and not isinstance(asked, bool)
-    if not (asked >= 0 if whole else isinstance(asked, float) and 0 <= asked <= 1):
-        raise TargetError(f"{option} is {asked!r}; it is a number of atoms (an int) or a share of them (a float)")
+    whole = isinstance(asked, Integral) and not isinstance(asked, bool)
+    if isinstance(asked, bool) or not (asked >= 0 if whole else isinstance(asked, Real) and 0 <= asked <= 1):
+        raise TargetError(f"{option} is {asked!r}; it is a number of {what} (an int) or a share of them (a float)")
     return int(asked) if whole else math.ceil(round(asked * size, 6))  # 0.55 * 100 is more than 55
 
 

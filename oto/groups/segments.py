@@ -25,6 +25,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -654,13 +655,24 @@ def segment_groups(partition: Partition, min_depth: MinDepth = 1) -> tuple[NodeG
 
 def _least(runs: Mapping[str, Sequence[str]], asked: MinDepth, names: Sequence[str]) -> dict[str, int]:
     """The minimum number of members that each run keeps."""
-    least = dict.fromkeys(runs, 1)
+    least: dict[str, int] = {}
     for pattern, number in asked.items() if isinstance(asked, Mapping) else [("*", asked)] if names else []:
         hits = set(matching([pattern], names))
         for run, members in runs.items():
             if not hits.isdisjoint(members):
-                least[run] = min(atoms_of(number, len(members), "min_depth"), len(members))
-    return least
+                own = min(atoms_of(number, len(members), "min_depth", "segments"), len(members))
+                least[run] = max(least.get(run, 0), own)
+    return dict.fromkeys(runs, 1) | least
+
+
+def require_depth(asked: Any) -> None:
+    """Refuse a ``min_depth`` that means nothing, whether or not any segment may go.
+
+    Raises:
+        TargetError: A number is negative, or a share above 1.
+    """
+    for number in asked.values() if isinstance(asked, Mapping) else [asked]:
+        atoms_of(number, 1, "min_depth", "segments")
 
 
 def runs_of(segments: Sequence[Segment]) -> dict[str, list[str]]:

@@ -49,7 +49,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         ArtifactError: The file exists already, or cannot be written.
         MissingExtraError: ONNX is requested but not installed.
     """
-    if how not in _WAYS:
+    if not isinstance(how, str) or how not in _WAYS:
         raise EmitterError(f"how={how!r} is unknown\n  to fix  use {', '.join(map(repr, _WAYS))}")
     place = Path(path)
     check_out_dir(place.parent)
@@ -59,7 +59,8 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         raise EmitterError(f"{place.name} is no name for a compiled package\n  to fix  use a name that ends in .pt2")
     _WAYS[how].ready()
     program = export_program(model, dummy_input)
-    examples = [dummy_input, *other_examples(model, program, dummy_input)]
+    others = other_examples(model, program, dummy_input)
+    examples = [dummy_input, *(given for given in others if _takes(model, given))]
     with rewording_os_errors(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
         draft = folder / place.name
         try:
@@ -74,7 +75,7 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
             if (refused := _refused(failure, place.parent)) is not None:
                 raise refused from failure
             raise EmitterError(
-                f"{type(model).__name__} cannot be written as {how}: {first_line(failure)}\n"
+                f"{type(model).__name__} cannot be written as {how}: {_why(failure)}\n"
                 "  effect  nothing was written\n  to fix  see the traceback above; another format may work"
             ) from failure
         require(checks)
@@ -87,6 +88,24 @@ def _refused(failure: BaseException | None, place: Path) -> OSError | None:
     while failure is not None and not (isinstance(failure, OSError) and concerns(failure, place)):
         failure = failure.__cause__ or failure.__context__
     return failure
+
+
+def _why(failure: BaseException) -> str:
+    """The first cause of a failure, and the call that the runtime stopped at, which exporters wrap in more errors."""
+    causes = [failure]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return first_line(causes[-1]) + (f"\n  at      {first_line(causes[1], 200)}" if len(causes) > 2 else "")
+
+
+def _takes(model: nn.Module, given: Any) -> bool:
+    """Whether a model takes an input of other sizes: these may have to match values, as indices of nodes do."""
+    try:
+        run(model, given)
+    except Exception as failure:
+        reraise_out_of_memory(failure)
+        return False
+    return True
 
 
 def _put(draft: Path, place: Path) -> None:

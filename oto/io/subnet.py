@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from oto._torch import tree_leaves, tree_map_only
+from oto._torch import tree_leaves, tree_map_only, unwrapped
 from oto.errors import (
     ArtifactError,
     ClassChangedError,
@@ -318,7 +318,8 @@ def load_subnet(
     Args:
         path: The folder, or a file in it.
         model: The full-size model, or a function that makes it; its weights are not used, and a function is called on
-            the ``meta`` device. Without it the exported program is loaded, which does not need the class; if the slim
+            the ``meta`` device. A wrapper of ``torch.compile`` or ``(Distributed)DataParallel`` is removed: put it
+            around the slim model. Without it the exported program is loaded, which does not need the class; if the slim
             model is of its class, ``construct_subnet`` writes a program only with ``program=True``.
         strict: Refuse a class whose code differs from that of the saved model.
         member: For a family (:meth:`oto.OTO.family`), which member to load: the target as it was given, such as
@@ -346,7 +347,8 @@ def load_subnet(
     # what is not in the file stays as the constructor made it
     tensors = artifact.tensors(WEIGHTS) if index == 0 else _tensors_of_member(artifact, index)
     make = (lambda factory, _: factory()) if manifest.get("left_out") else _on_meta
-    given = model if isinstance(model, nn.Module) or not callable(model) else make(model, tensors)
+    # what torch.compile was called on is compiled no more: the slim model has other shapes
+    given = _plain(model) if isinstance(model, nn.Module) or not callable(model) else make(_maker(model), tensors)
     if not isinstance(given, nn.Module):
         raise ClassChangedError(
             f"what is given as the model is, or makes, a {type(given).__name__}, no torch.nn.Module\n"
@@ -383,6 +385,15 @@ def _tensors_of_member(artifact: Artifact, index: int) -> dict[str, Tensor]:
             f"{artifact.path(MEMBERS)}: what it says of member {index} does not fit the full weights ({failure})\n"
             "  effect  the artifact is not loaded\n  to fix  copy it again, or write it again"
         ) from failure
+
+
+def _plain(given: Any) -> Any:
+    return unwrapped(given) if isinstance(given, nn.Module) else given
+
+
+def _maker(factory: Callable[[], Any]) -> Callable[[], Any]:
+    """The same, without the wrapper of ``torch.compile`` or ``DataParallel`` that it may put around the model."""
+    return lambda: _plain(factory())
 
 
 def _on_meta(factory: Callable[[], nn.Module], names: Collection[str]) -> nn.Module:

@@ -347,7 +347,7 @@ def _inner(options: Mapping[str, Any]) -> Any:
 def _takes(options: Mapping[str, Any]) -> Mapping[str, inspect.Parameter] | None:
     """The keywords of the wrapped optimizer; ``None`` if it takes any, or if ``build`` reports the error."""
     inner = _inner(options)
-    if inner is None or isinstance(inner, Optimizer):
+    if inner is None or isinstance(inner, Optimizer) or not callable(inner):
         return None
     takes = inspect.signature(inner).parameters
     return None if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else takes

@@ -82,6 +82,8 @@ class Schedule:
             step 499       the last of them reach zero
             steps 500–999  training goes on with what is left
         """
+        given = {"start_pruning_step": start, "pruning_steps": steps, "pruning_periods": periods}
+        _require_numbers({**given, "total_steps": total_steps, "pruning_exponent": exponent})
         total = None if total_steps is None else _whole("total_steps", total_steps)
         first, length = _count("start_pruning_step", start, total), _count("pruning_steps", steps, total)
         begin, end = round(first), round(first + length)  # so that shares of .3 and .7 never exceed all steps
@@ -308,6 +310,19 @@ def _index(number: Steps) -> int | None:
         return operator.index(integer)
     except TypeError:  # a float tensor has the method, and raises this too
         return None
+
+
+def _require_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse what is no number, such as a text.
+
+    Raises:
+        TargetError: The first of them, by its name.
+    """
+    for name, number in given.items():
+        if number is not None and not hasattr(number, "__float__"):
+            raise TargetError(
+                f"{name} is {number!r}, which is no number\n  effect  nothing was made\n  to fix  give a number"
+            )
 
 
 def _whole(name: str, number: Steps) -> int:

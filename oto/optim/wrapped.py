@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oto.errors import OptionError, UnknownParameterError, UntrainedWarning, some, users_level
+from oto.errors import OptionError, UnknownParameterError, UntrainedWarning, items_of, some, users_level
 
 Named = Iterable[tuple[str, Tensor]]
 Params = Named | Iterable[dict[str, Any]]
@@ -86,6 +86,11 @@ def _of_base(
     """The optimizer ``base``, or the one that it makes."""
     if moments:
         raise OptionError(f"{', '.join(moments)} belong to variant=; with base= use the keywords of that optimizer")
+    if not (isinstance(base, Optimizer) or callable(base)):
+        raise OptionError(
+            f"base is {base!r}, no optimizer, nor what makes one\n  effect  nothing was made\n"
+            "  to fix  a class of optimizers, a function of parameter groups, or an optimizer"
+        )
     if not isinstance(base, Optimizer):
         return base(_groups(params, names), **keywords)
     if keywords:
@@ -186,7 +191,7 @@ def _translated(given: dict[str, float], takes: Mapping[str, inspect.Parameter])
 
 def _groups(params: Params, names: Named | None) -> list[dict[str, Any]]:
     """Parameter groups in torch's form, each with ``param_names``."""
-    items: list[Any] = list(params)
+    items = items_of("params", params)
     groups = [dict(item) for item in items] if items and isinstance(items[0], dict) else [{"params": items}]
     for number, group in enumerate(groups):
         if "params" not in group:

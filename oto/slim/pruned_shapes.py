@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
 from oto.axes.call import Rewrite, Size
@@ -175,9 +176,11 @@ def laid_out_like(old: Tensor, new: Tensor) -> Tensor:
 def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
     """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it, as they are.
 
-    Marks are flags, numbers and texts, such as ``weight._no_weight_decay = True``; other attributes stay behind.
+    Marks are flags, numbers and texts, such as ``weight._no_weight_decay = True``; other attributes stay behind. A
+    subclass of ``nn.Parameter`` stays that; its constructor is not called, as it may ask for more than a tensor.
     """
-    made = nn.Parameter(new, old.requires_grad)
+    plain = type(new) in (Tensor, nn.Parameter) and issubclass(type(old), nn.Parameter) and not is_lazy(old)
+    made: nn.Parameter = nn.Parameter.__new__(type(old) if plain else nn.Parameter, new, old.requires_grad)  # type: ignore[assignment]
     vars(made).update({key: value for key, value in vars(old).items() if isinstance(value, bool | int | float | str)})
     return made
 

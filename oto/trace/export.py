@@ -83,7 +83,9 @@ class Program:
     why: str | None
 
 
-def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all") -> Program:
+def export_program(
+    model: nn.Module, dummy_input: Any, portable: bool = False, level: str = "all", name: str | None = None
+) -> Program:
     """Export ``model`` in eval mode; every input dimension is free that the model leaves free.
 
     If that fails, or needs too many conditions on sizes, only the batch is free; if that fails too, nothing is.
@@ -92,6 +94,7 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
         portable: Return outputs as dicts, lists and tuples, so that the program loads where the model's own output
             types were never imported.
         level: The first of ``LEVELS`` to try.
+        name: How messages call the model; by default by its class.
 
     Raises:
         EmitterError: ``torch.export`` cannot trace the model.
@@ -126,7 +129,7 @@ def export_program(model: nn.Module, dummy_input: Any, portable: bool = False, l
                 log.info("torch.export with free dimensions %r failed: %s", way, problem)
     failure = failures[-1] if isinstance(failures[0], _TooManyConditions) else failures[0]
     raise EmitterError(
-        f"torch.export cannot follow {type(model).__name__}: {_cause(failure)}\n"
+        f"torch.export cannot follow {name or type(model).__name__}: {_cause(failure)}\n"
         "  effect  no graph can be emitted, and no model.pt2 written\n"
         "  to fix  look for branches on values and custom objects, the usual causes; torch.export's message is above"
     ) from failure

@@ -21,6 +21,8 @@ from oto.trace.snapshot import content_of, is_of_the_user
 _DEEP = 5  # the limit on steps from a module to a piece of its state
 _LARGE = 1_000  # a container with more entries counts as data
 _APART = ("_parameters", "_modules", "training")  # attributes of a module that are not state
+_IDLE = ("inplace", "momentum", "p", "dropout")  # constants of torch's modules on which no eval forward depends
+_LEFT_OUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 _GONE = object()
 """Marks a missing entry."""
@@ -63,6 +65,29 @@ class ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         self._then = {path: _snapshot(vars(module)) for path, module in model.named_modules()}
+        self._kinds = {path: type(module) for path, module in model.named_modules()}
+
+    def altered(self, model: nn.Module) -> list[str]:
+        """What was changed by hand since then, on which the analysis stands: constants that a module's class names in
+        ``__constants__``, such as a stride, and modules of torch's without parameters, such as activations.
+
+        Other attributes are not looked at, since forwards change them, too.
+        """
+        found = []
+        for path, module in model.named_modules():
+            then, kind, now = self._then.get(path), self._kinds.get(path), type(module)
+            if then is None or kind is None:
+                continue
+            of_torch = all(one.__module__.startswith("torch.nn.modules.") for one in (kind, now))
+            if kind is not now and of_torch and not module._parameters and not issubclass(kind, _LEFT_OUT):
+                found.append(f"{path} is a {now.__name__}, and was a {kind.__name__}")
+            if kind is not now:
+                continue
+            for name in getattr(kind, "__constants__", ()):
+                old, new = then.content.get(name, _GONE), vars(module).get(name, _GONE)
+                if name not in _IDLE and _constant(old) and _constant(new) and old != new:
+                    found.append(f"{f'{path}.' if path else ''}{name} is {new!r}, and was {old!r}")
+        return found
 
     def changes(self, model: nn.Module, known: Collection[str]) -> list[Change]:
         """The state that forwards have left since then in ``model``, which is the same model or a copy.
@@ -179,6 +204,10 @@ def _stays(old: Any, new: Any) -> bool:
     if type(new) in _ATOMS:
         return type(new) is type(old) and bool(new == old)
     return new is not _GONE and not isinstance(new, tuple | dict | list | deque) and not _has_tensors(new)
+
+
+def _constant(x: Any) -> bool:
+    return all(type(item) in _ATOMS for item in x) if type(x) in (tuple, list) else type(x) in _ATOMS
 
 
 def _has_tensors(x: Any, deep: int = 0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -215,6 +216,7 @@ def test_an_output_that_there_is_not():
     [
         (5, {"stem.0.weight": 5, "body.0.weight": 5}),
         (0.3, {"stem.0.weight": 3, "body.0.weight": 4}),  # rounded up
+        (np.int64(5), {"stem.0.weight": 5, "body.0.weight": 5}),
         ({"body.*": 0.5}, {"stem.0.weight": 1, "body.0.weight": 6}),
         ({"*": 2, "stem.1.weight": 7}, {"stem.0.weight": 7, "body.0.weight": 2}),
     ],

@@ -215,11 +215,19 @@ def test_runs_keep_some():
     assert {g.among for g in segment_groups(partition)} == {(("ways.*", 1),)}
     assert {g.among for g in segment_groups(partition, 0.5)} == {(("ways.*", 2),)}
     assert {g.among for g in segment_groups(partition, 3)} == {(("ways.*", 3),)}
-    assert {g.among for g in segment_groups(partition, {"ways.1": 2})} == {(("ways.*", 2),)}
+    for asked, least in (({"ways.1": 2}, 2), ({"ways.1": 3, "ways.2": 2}, 3), ({"*": 0}, 0)):  # the largest of several
+        assert {g.among for g in segment_groups(partition, asked)} == {(("ways.*", least),) if least else ()}
     with pytest.raises(TargetError, match="min_depth"):
         segment_groups(partition, 1.5)
     with pytest.raises(UnknownParameterError, match="nothing"):
         segment_groups(partition, {"nothing": 1})
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "2", None, {"ways.*": -1}])
+@pytest.mark.parametrize("mode", ["prune", "both"])
+def test_a_depth_that_means_nothing_is_refused_whether_or_not_any_may_go(mode, wrong):
+    with pytest.raises(TargetError, match=r"min_depth is .*; it is a number of segments"):
+        OTO(Residual(ways=2), torch.randn(2, 4), compress_mode=mode, min_depth=wrong)
 
 
 def test_nothing_changes_for_prune():

@@ -163,6 +163,43 @@ def test_what_a_runtime_does_not_know_is_told(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_runtime_does_not_know_is_named(tmp_path: Path) -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)  # three dimensions, and onnx takes four
+
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(EmitterError, match=r"Flat [^\n]*: AssertionError: only 4D[^$]*  at [^\n]*scaled_dot_product"):
+        export_model(Flat(), torch.randn(2, 3, 4), "onnx", tmp_path / "flat.onnx")
+
+
+def test_a_class_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
+    class Chooser(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(EmitterError, match=r"cannot follow Chooser:"):
+        export_model(Chooser(), torch.randn(2, 3), "pt2", tmp_path / "chooser.pt2")
+
+
+class Edges(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        return self.down(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+
+
+@pytest.mark.parametrize(("how", "name"), [("onnx", "edges.onnx"), ("pt2", "edges.pt2")])
+def test_sizes_that_the_model_does_not_take_are_not_compared(how: str, name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    given = torch.randn(6, 4), torch.tensor([[0, 1, 2, 5], [1, 2, 5, 0]])
+    checks = export_model(Edges(), given, how, tmp_path / name)  # indices of six nodes fit no smaller graph
+    assert checks and all(c.passed for c in checks) and (tmp_path / name).is_file()
+
+
 def test_a_subnet_exports_itself(tmp_path: Path) -> None:
     oto = OTO(images(), pictures(2, 8))
     oto.random_set_zero_groups(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,17 @@ def test_convolutions_with_groups_and_group_norm(emitter):
     full, slim, subnet = thinned(model, torch.randn(2, 3, 10, 10), emitter=emitter)
     assert relative_error(full, slim) <= EXACT
     assert subnet.cost_after.params == sum(p.numel() for p in subnet.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm2d, lambda n: nn.BatchNorm2d(n, affine=False, track_running_stats=False)]
+)
+def test_norms_without_tensors_state_the_channels_that_they_get(norm):
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), norm(12), nn.Conv2d(12, 3, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where an instance norm states another number
+        full, slim, subnet = thinned(model, torch.randn(2, 3, 8, 8), emitter="module")
+    assert relative_error(full, slim) <= EXACT and subnet.model[1].num_features == 6
 
 
 def test_tied_weights_stay_tied():
@@ -427,6 +439,35 @@ def test_marks_on_parameters_stay(tmp_path, allow_graph):
     assert marks(oto.construct_subnet(tmp_path, emitter="graph" if allow_graph else "auto").model) == wanted
     if not allow_graph:
         assert marks(load_subnet(tmp_path, made)) == wanted
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of its own, whose constructor asks for more than a tensor."""
+
+    def __new__(cls, data, part, requires_grad=True):
+        return super().__new__(cls, data, requires_grad)
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), Marked(self.data.clone(), "", self.requires_grad))
+
+    def __reduce_ex__(self, protocol):
+        return Marked, (self.data, "", self.requires_grad)
+
+
+@pytest.mark.parametrize("allow_graph", [False, True])
+def test_classes_of_parameters_stay(tmp_path, allow_graph):
+    def made():
+        model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+        model[0].weight = Marked(model[0].weight.data, "encoder", requires_grad=True)
+        return model
+
+    wanted = [Marked, nn.Parameter, nn.Parameter, nn.Parameter]
+    oto = OTO(made(), torch.randn(2, 3), allow_graph=allow_graph)
+    oto.random_set_zero_groups(0.5)
+    slim = oto.construct_subnet(tmp_path, emitter="graph" if allow_graph else "auto").model
+    assert [*map(type, slim.parameters())] == wanted and slim.get_parameter("0.weight").shape == (8, 3)
+    if not allow_graph:
+        assert [*map(type, load_subnet(tmp_path, made).parameters())] == wanted
 
 
 def test_marks_on_parameters_stay_when_the_model_shrinks_in_training():

@@ -43,7 +43,8 @@ def export_program(slim: nn.Module, dummy_input: Any) -> torch.export.ExportedPr
         EmitterError: ``torch.export`` cannot trace the model.
     """
     # a graph module states its own output types; wrapped in another module it returns plain ones
-    return trace_export.export_program(_Inside(slim), dummy_input, portable=True).program
+    name = type(slim).__name__
+    return trace_export.export_program(_Inside(slim), dummy_input, portable=True, name=name).program
 
 
 def output_names(program: torch.export.ExportedProgram) -> list[str]:

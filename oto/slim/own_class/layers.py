@@ -26,9 +26,10 @@ from oto.slim.edits import Edits
 from oto.slim.own_class.placed import overrides_of
 from oto.slim.own_class.result import OwnClass
 from oto.slim.pruned_shapes import PrunedShapes
-from oto.trace.graph import Graph, Leaf, Node
+from oto.trace.graph import Graph, Leaf, Node, Value
 
 _ZEROS = torch.ops.aten.new_zeros.default
+_NORMS_OF_CHANNELS = (torch.ops.aten.instance_norm.default, torch.ops.aten.batch_norm.default)
 
 
 class DeclinedError(EmitterError):
@@ -204,6 +205,10 @@ def _channels(layer: _Layer, edits: Edits) -> None:
     shape = layer.shape("weight") or layer.shape("running_mean")
     if shape is not None:
         layer.set(edits, num_features=shape[0])
+    for node in layer.calls if shape is None else ():
+        given = node.args[0] if node.op in _NORMS_OF_CHANNELS else None
+        if isinstance(given, Value) and given.shape[1] == layer.module.num_features:  # else it says something else
+            layer.set(edits, num_features=layer.pruned.sizes(given)[1])
 
 
 def _embedding(layer: _Layer, edits: Edits) -> None:
