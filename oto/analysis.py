@@ -235,6 +235,7 @@ class Analysis:
 
     def draw(self, out_dir: str | os.PathLike[str], **how: bool) -> list[Path]:
         """Draw the graph to files; see :meth:`oto.OTO.visualize`."""
+        require_flags(**how)
         folder = place_of("out_dir", out_dir, "nothing was drawn")
         with rewording_os_errors(folder, "nothing was drawn"):
             return draw(self.partition, self.groups, folder, type(self.model).__name__, **how)

@@ -243,7 +243,8 @@ class OTO(Pruning):
     def random_set_zero_groups(self, target_group_sparsity: float = 0.5, seed: int = 0) -> None:
         """Set a random choice of ZIGs to zero in place, for tests; fewer if ties of groups only permit larger steps.
 
-        Raises ``TargetError`` if the share is not in [0, 1), or cannot be reached.
+        Raises ``TargetError`` if the share is not in [0, 1), or cannot be reached; ``OptionError`` if ``seed`` is not
+        an int, or negative.
         """
         self._analysis.zero_random_(target_group_sparsity, seed)
 

@@ -415,6 +415,9 @@ WRONG = {
     "a folder for none": lambda: zeroed().construct_subnet().save_pretrained(None),
     "a drawing for 3": lambda: zeroed().visualize(3),
     "a drawing in a file": lambda: zeroed().visualize(__file__),
+    "vertical='no'": lambda: zeroed().visualize("drawn", vertical="no"),
+    "strict='no'": lambda: load_subnet("nowhere", mlp(8, 16, 3), strict="no"),
+    "a seed below zero": lambda: OTO(mlp(8, 16, 3), X).random_set_zero_groups(0.5, seed=-1),
 }
 SAYS = {
     "a teacher that is none": r"the teacher is a NoneType[^$]*nothing to copy",
@@ -451,6 +454,9 @@ SAYS = {
     "a folder for none": r"out_dir is None, of the class NoneType[^$]*nothing was written[^$]*to fix",
     "a drawing for 3": r"out_dir is 3, of the class int[^$]*nothing was drawn[^$]*to fix",
     "a drawing in a file": r"cannot be written[^$]*nothing was drawn[^$]*to fix",
+    "vertical='no'": r"vertical is 'no'; it is True or False",
+    "strict='no'": r"strict is 'no'; it is True or False",
+    "a seed below zero": r"seed is -1; it is an int, at least 0",
 }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from oto.errors import TargetError
+from oto.errors import OptionError, TargetError
 from oto.groups.node_group import NodeGroup, Slice
 from oto.groups.partition import Kept
 
@@ -254,9 +254,12 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
 
     Raises:
         TargetError: ``share`` is not in [0, 1), or cannot be reached within the minimums of the groups.
+        OptionError: ``seed`` is not an int, or negative.
     """
     if not isinstance(share, Real) or not share >= 0:
         raise TargetError(f"target_group_sparsity is {share!r}; it is the share of groups that goes, in [0, 1)")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise OptionError(f"seed is {seed!r}; it is an int, at least 0\n  effect  nothing was set to zero")
     prunable = [group for group in groups if group.prunable]
     total = sum(group.size for group in prunable)
     wanted = int(total * share)

@@ -26,6 +26,7 @@ from oto.errors import (
     EmitterError,
     VerificationError,
     first_line,
+    require_flags,
     reraise_out_of_memory,
     some,
 )
@@ -333,6 +334,7 @@ def load_subnet(
         ArtifactError: The artifact is missing, damaged, of an unknown version, or cannot be loaded this way.
         ClassChangedError: ``model`` is not what the artifact was made from.
     """
+    require_flags(strict=strict)
     artifact = reading(path)
     manifest = artifact.manifest
     if not {"emitter", "model", "edits", "kept"} <= manifest.keys():
