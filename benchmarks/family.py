@@ -46,7 +46,6 @@ from oto import OTO
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks" / "family.jsonl"
 TARGETS = (0.75, 0.5, 0.25)
-METHODS = ("dense", "single", "family", "prefix", "deps")
 ABLATIONS: list[dict[str, Any]] = [
     *({"freeze_step": share} for share in (0.2, 0.3, 0.6)),
     *({"networks_per_step": count} for count in (2, 3)),
@@ -68,6 +67,9 @@ FAMILIES: dict[str, Line] = {
     "prefix": {"scope": "local", "saliency": "magnitude", "freeze_step": 0},
     "deps": {"scope": "local", "saliency": reader_norm, "freeze_step": 0.55, "ramp_steps": 0.02},
 }
+
+
+METHODS = ("dense", "single", *FAMILIES)
 
 
 def trained_family(task: Task, data: Data, seed: int, options: Line) -> tuple[list[Any], float]:

@@ -200,6 +200,11 @@ class Analysis:
         """For each name of a tensor, the name that node groups use; tied parameters have several names."""
         return _first_name(self.graph)
 
+    @property
+    def altered(self) -> list[str]:
+        """The modules that were changed by hand since the analysis, which no longer holds for them."""
+        return self.state.altered(self.model, {node.module for node in self.graph.nodes})
+
     @cached_property
     def costs(self) -> Costs:
         """Parameters, MACs and bytes as functions of the atoms that the prunable groups keep."""

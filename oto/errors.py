@@ -298,8 +298,8 @@ def items_of(name: str, given: Any) -> list[Any]:
         items = iter(given)
     except TypeError as failure:
         raise OptionError(
-            f"{name} is {given!r}, of the class {type(given).__name__}, which cannot be gone through\n"
-            "  effect  nothing was made or changed\n  to fix  a list, or whatever else a for loop takes"
+            f"{name} is of the class {type(given).__name__}, which a for loop cannot go through\n"
+            "  effect  nothing was made or changed\n  to fix  a list, or model.parameters() for parameters"
         ) from failure
     return list(items)
 

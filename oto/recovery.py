@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Rewarmed:
 
     def __post_init__(self) -> None:
         numbers = all(isinstance(given, Real) for given in (self.steps, self.warmup, self.floor))
-        if not numbers or self.steps < 1 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1:
+        if not numbers or not self.steps >= 1 or not 0 <= self.warmup <= 1 or not 0 <= self.floor <= 1:
             raise OptionError(
                 f"steps is {self.steps!r}, warmup {self.warmup!r} and floor {self.floor!r}\n"
                 "  effect  there is no such schedule\n"
@@ -135,6 +135,10 @@ def reweighted(
     return {name: (1 - smoothing) * w / total + smoothing / len(grown) for name, w in grown.items()}
 
 
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral)
+
+
 def _lengths(sources: Any) -> dict[str, int]:
     """The number of samples of each source.
 
@@ -192,9 +196,12 @@ class Mixture(Sampler[int]):
     ) -> None:
         sizes = _lengths(sources)
         shares = dict(sizes) if shares is None else shares
-        whole = isinstance(rank, int) and isinstance(world, int)
-        if not sizes or not all(sizes.values()) or not whole or not 0 <= rank < world:
-            raise OptionError(f"the sources have {sizes} samples, for process {rank!r} of {world!r}; none may be empty")
+        if not sizes or not all(sizes.values()):
+            raise OptionError(f"the sources have {sizes} samples; none may be empty")
+        if not (_is_whole(rank) and _is_whole(world) and 0 <= rank < world):
+            raise OptionError(f"rank is {rank!r} and world {world!r}; this is process rank of world, counted from 0")
+        if length is not None and not (_is_whole(length) and length > 0):
+            raise OptionError(f"length is {length!r}; it is the number of samples in an epoch, at least 1")
         self.dataset: Dataset[Any] = ConcatDataset(sources.values())
         self.sizes, self.length = sizes, sum(sizes.values()) if length is None else length
         self.rank, self.world = rank, world

@@ -331,8 +331,8 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
     before = analysis.cost() if analysis.first is None else analysis.first.cost
     later = left_since(analysis.state, analysis.model, analysis.example, analysis.names)
     built = rewording(analysis.model, EmitterError, "its slim model was built and verified", "the analysis is done")
-    altered = analysis.state.altered(analysis.model)
-    with _telling(altered), built, undone(later), preserved(analysis.model):
+    altered = analysis.altered
+    with _naming(altered), built, undone(later), preserved(analysis.model):
         made = construct(source, build.emitter)
     source = (
         source if made.kept is kept else source.keeping(made.kept, source.own)
@@ -364,18 +364,17 @@ def _built(analysis: Analysis, build: Build, optimizer: SparseOptimizer | None, 
 
 
 @contextmanager
-def _telling(altered: Sequence[str]) -> Iterator[None]:
-    """A slim model that computes something else is told with what was changed since the analysis."""
+def _naming(altered: Sequence[str]) -> Iterator[None]:
+    """Context manager in which a failed proof names what was changed since the analysis, a possible cause."""
     try:
         yield
     except VerificationError as failure:
         if not altered:
             raise
         raise VerificationError(
-            f"the model was changed since OTO(...) was made, and zeros do not mean the same in it: {some(altered)}\n"
-            f"  proof   {first_line(failure)}\n"
-            "  effect  nothing was written\n"
-            "  to fix  change it back; or change the model first, then OTO(...), and train"
+            f"{failure}\n"
+            f"  but     the model was changed since OTO(...) was made: {some(altered)}; if that is the cause, change it"
+            " back, or change the model first, then OTO(...), and train"
         ) from failure
 
 

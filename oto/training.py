@@ -245,7 +245,7 @@ def require_named(analysis: Analysis) -> None:
             "  effect  what was found out about the model does not hold any more; nothing was made\n"
             "  to fix  change the model first (new layers, a new head, more tokens), then OTO(...)"
         )
-    if altered := analysis.state.altered(analysis.model):
+    if altered := analysis.altered:
         raise ModelChangedError(
             f"{type(analysis.model).__name__} was changed since OTO(...) was made: {some(altered)}\n"
             "  effect  what was found out about the model does not hold any more; nothing was made\n"

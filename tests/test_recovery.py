@@ -152,7 +152,7 @@ def test_a_mixture_that_is_resumed_draws_what_one_that_was_not_does():
     [
         ({"a": []}, {}, "none may be empty"),
         ({}, {}, "none may be empty"),
-        ({"a": [1]}, {"rank": 2, "world": 2}, "process 2 of 2"),
+        ({"a": [1]}, {"rank": 2, "world": 2}, "rank is 2 and world 2"),
         ({"a": [1]}, {"shares": {"b": 1.0}}, "do not fit the sources a"),
         ({"a": [1]}, {"shares": {"a": -1.0}}, "do not fit the sources a"),
         ({"a": [1]}, {"shares": {"a": 0.0}}, "do not fit the sources a"),
@@ -175,7 +175,9 @@ def test_shares_of_old_data_are_shares():
         (lambda: replay(None, None), r"new is a NoneType, old is a NoneType, which has no length[^$]*to fix"),
         (lambda: replay([1], iter([2])), r"old is a list_iterator, which has no length[^$]*to fix"),
         (lambda: Mixture([[1]]), r"the sources are a list; they are datasets by name[^$]*to fix"),
-        (lambda: Mixture({"a": [1]}, rank=None), r"process None of 1"),
+        (lambda: Mixture({"a": [1]}, rank=None), r"rank is None and world 1"),
+        (lambda: Mixture({"a": [1]}, length="3"), r"length is '3'; it is the number of samples"),
+        (lambda: Rewarmed(float("nan")), r"steps is nan"),
     ],
 )
 def test_what_has_no_length_is_refused(make, message):

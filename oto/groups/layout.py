@@ -256,7 +256,7 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
         TargetError: ``share`` is not in [0, 1), or cannot be reached within the minimums of the groups.
         OptionError: ``seed`` is not an int, or negative.
     """
-    if not isinstance(share, Real) or not share >= 0:
+    if not isinstance(share, Real) or not 0 <= share < 1:
         raise TargetError(f"target_group_sparsity is {share!r}; it is the share of groups that goes, in [0, 1)")
     if not isinstance(seed, Integral) or seed < 0:
         raise OptionError(f"seed is {seed!r}; it is an int, at least 0\n  effect  nothing was set to zero")
@@ -277,7 +277,7 @@ def drawn(groups: Sequence[NodeGroup], share: float, seed: int) -> dict[str, lis
         steps += [(tie, begin) for begin in range(0, spare - by[tie] + 1, by[tie])]
     costs = {tie: sum(per for _, per in same) * by[tie] for tie, same in members.items()}
     room = sum(costs[tie] for tie, _ in steps)
-    if not 0 <= share < 1 or wanted > room:
+    if wanted > room:
         raise TargetError(
             f"target_group_sparsity={share} cannot be reached: every group keeps its min_kept\n"
             f"  to fix  ask for a share in [0, {room / max(total, 1):.4f}]"

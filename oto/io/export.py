@@ -1,7 +1,8 @@
 """Write a slim model for other runtimes: ONNX, ``torch.export``, and AOTInductor.
 
 Each file is written to a scratch folder, read back by its own runtime, compared with the model on the example and on
-two other sizes, and only then renamed to its place (:mod:`oto.atomic`). An existing file is never replaced.
+two other sizes, and only then renamed to its place (:mod:`oto.atomic`). An existing file is never replaced. Sizes that
+the model itself does not accept are not compared, as they may have to match values: indices of nodes, for example.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import filecmp
 import importlib
 import io
+import logging
 import os
 import shutil
 import warnings
@@ -21,12 +23,23 @@ from torch import Tensor, nn
 
 from oto._torch import compile_package, load_package, tree_leaves
 from oto.atomic import concerns, locked, rewording_os_errors, scratch, sync
-from oto.errors import ArtifactError, EmitterError, MissingExtraError, OTOError, first_line, reraise_out_of_memory
+from oto.errors import (
+    ArtifactError,
+    EmitterError,
+    MissingExtraError,
+    OTOError,
+    SetupWarning,
+    first_line,
+    reraise_out_of_memory,
+    users_level,
+)
 from oto.io.artifact import check_out_dir
 from oto.io.program import load_program, save_program
 from oto.slim.graph.program import export_program, other_examples, output_names, runnable
 from oto.slim.proof.compare import Check, checked, require, tolerance
 from oto.slim.proof.run import run
+
+log = logging.getLogger(__name__)
 
 Runtime = Callable[[Any], Sequence[Tensor]]
 _ONE_FILE = 2**31 - 2**20  # bytes; the limit of protobuf
@@ -41,7 +54,8 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         path: The file; its folder is created.
 
     Returns:
-        The comparisons that were made.
+        The comparisons that were made. If no other size than that of the example could be compared, though some are
+        free, a ``SetupWarning`` says so.
 
     Raises:
         EmitterError: The runtime cannot express the model, or there is no compiler.
@@ -59,15 +73,14 @@ def export_model(model: nn.Module, dummy_input: Any, how: str, path: str | os.Pa
         raise EmitterError(f"{place.name} is no name for a compiled package\n  to fix  use a name that ends in .pt2")
     _WAYS[how].ready()
     program = export_program(model, dummy_input)
-    others = other_examples(model, program, dummy_input)
-    examples = [dummy_input, *(given for given in others if _takes(model, given))]
+    examples = _with_outputs(model, dummy_input, other_examples(model, program, dummy_input))
     with rewording_os_errors(place.parent, f"{place.name} was not written"), scratch(place.parent) as folder:
         draft = folder / place.name
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations in these packages
                 runtime = _WAYS[how].write(program, draft)
-                checks = [_compared(model, runtime, given, how) for given in examples]
+                checks = [_compared(given, expected, runtime, how) for given, expected in examples]
         except (OTOError, OSError):
             raise
         except Exception as failure:
@@ -91,21 +104,31 @@ def _refused(failure: BaseException | None, place: Path) -> OSError | None:
 
 
 def _why(failure: BaseException) -> str:
-    """The first cause of a failure, and the call that the runtime stopped at, which exporters wrap in more errors."""
+    """The first cause of a failure, and the error one level above it, which in torch.onnx names the call."""
     causes = [failure]
     while (cause := causes[-1].__cause__) is not None and cause not in causes:
         causes.append(cause)
     return first_line(causes[-1]) + (f"\n  at      {first_line(causes[1], 200)}" if len(causes) > 2 else "")
 
 
-def _takes(model: nn.Module, given: Any) -> bool:
-    """Whether a model takes an input of other sizes: these may have to match values, as indices of nodes do."""
-    try:
-        run(model, given)
-    except Exception as failure:
-        reraise_out_of_memory(failure)
-        return False
-    return True
+def _with_outputs(model: nn.Module, dummy_input: Any, others: Sequence[Any]) -> list[tuple[Any, list[Tensor]]]:
+    """The example, and the inputs of other sizes that the model accepts, each with the outputs of the model."""
+    made, refused = [(dummy_input, run(model, dummy_input))], []
+    for given in others:
+        try:
+            made.append((given, run(model, given)))
+        except Exception as failure:
+            reraise_out_of_memory(failure)
+            refused.append(f"{_shapes(given)} ({first_line(failure, 80)})")
+            log.info("%s does not take %s", type(model).__name__, refused[-1])
+    if refused and len(made) == 1:
+        warnings.warn(
+            f"{type(model).__name__} takes no other sizes that were tried: {', '.join(refused)}\n"
+            "  effect  the file is compared on the example only; that its free sizes work was not shown",
+            SetupWarning,
+            stacklevel=users_level(),
+        )
+    return made
 
 
 def _put(draft: Path, place: Path) -> None:
@@ -130,12 +153,14 @@ def _is_there(place: Path) -> ArtifactError:
     )
 
 
-def _compared(model: nn.Module, runtime: Runtime, given: Any, how: str) -> Check:
-    expected = run(model, given)
-    shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(given))
+def _shapes(given: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in _tensors(given))
+
+
+def _compared(given: Any, expected: Sequence[Tensor], runtime: Runtime, how: str) -> Check:
     narrowest = [t.dtype for t in expected if t.is_floating_point()] or [torch.float32]
     allowed = max(map(tolerance, narrowest))
-    return checked(f"{how} on {shapes}", narrowest[0], expected, runtime(given), max(allowed, 1e-8))
+    return checked(f"{how} on {_shapes(given)}", narrowest[0], expected, runtime(given), max(allowed, 1e-8))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

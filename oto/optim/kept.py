@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def as_named(
     by = {group.name: divisor for group, divisor in zip(groups, divisors, strict=True)}
     asked: dict[str, dict[str, int]] = {}  # by pattern, what each of its groups would keep
     for pattern, number in kept.items():
-        if isinstance(number, int | float) and not number > 0:
+        if isinstance(number, Real) and not number > 0:
             raise TargetError(f"target_kept is {number!r} for {pattern!r}; something of every group is kept")
         atoms = {g: atoms_of(number, g.size, "target_kept") for g in called(pattern, [*groups, *whole])}
         _require_so_many(pattern, number, atoms)
@@ -51,7 +52,7 @@ def as_named(
 
 def _require_so_many(pattern: str, number: float, named: Collection[NodeGroup]) -> None:
     """Raise an error if a number exceeds the atoms of all named groups, such as channels for a group of heads."""
-    if isinstance(number, int) and all(group.size < number for group in named):
+    if isinstance(number, Integral) and all(group.size < number for group in named):
         group = max(named, key=lambda group: group.size)
         raise TargetError(
             f"target_kept asks {pattern!r} to keep {number}, but {group.name} has {group.size} atoms"

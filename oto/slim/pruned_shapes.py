@@ -177,12 +177,26 @@ def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
     """A parameter that holds ``new``, trained if ``old`` is, with the marks that code has put on it, as they are.
 
     Marks are flags, numbers and texts, such as ``weight._no_weight_decay = True``; other attributes stay behind. A
-    subclass of ``nn.Parameter`` stays that; its constructor is not called, as it may ask for more than a tensor.
+    subclass of ``nn.Parameter`` is kept if nothing stays behind, as its methods may need that. Its constructor is not
+    called, since it may require more than a tensor.
     """
-    plain = type(new) in (Tensor, nn.Parameter) and issubclass(type(old), nn.Parameter) and not is_lazy(old)
-    made: nn.Parameter = nn.Parameter.__new__(type(old) if plain else nn.Parameter, new, old.requires_grad)  # type: ignore[assignment]
-    vars(made).update({key: value for key, value in vars(old).items() if isinstance(value, bool | int | float | str)})
+    marks = {key: value for key, value in vars(old).items() if isinstance(value, bool | int | float | str)}
+    kind = type(old) if type(new) in (Tensor, nn.Parameter) and _is_only_data(old, marks) else nn.Parameter
+    made: nn.Parameter = nn.Parameter.__new__(kind, new, old.requires_grad)  # type: ignore[assignment]
+    vars(made).update(marks)
     return made
+
+
+def _is_only_data(p: Tensor, marks: Mapping[str, Any]) -> bool:
+    """Whether an instance of a subclass of ``nn.Parameter`` holds nothing but its data and the given attributes."""
+    kind = type(p)
+    return (
+        issubclass(kind, nn.Parameter)
+        and not is_lazy(p)
+        and kind.__torch_function__ is nn.Parameter.__torch_function__
+        and not any("__slots__" in vars(base) for base in kind.__mro__[: kind.__mro__.index(nn.Parameter)])
+        and vars(p).keys() == marks.keys()
+    )
 
 
 def pruned_shapes(partition: Partition, kept: Kept) -> PrunedShapes:

@@ -21,7 +21,10 @@ from oto.trace.snapshot import content_of, is_of_the_user
 _DEEP = 5  # the limit on steps from a module to a piece of its state
 _LARGE = 1_000  # a container with more entries counts as data
 _APART = ("_parameters", "_modules", "training")  # attributes of a module that are not state
-_IDLE = ("inplace", "momentum", "p", "dropout")  # constants of torch's modules on which no eval forward depends
+_SIZES = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "padding_mode",
+                    "ceil_mode", "output_size", "num_groups", "normalized_shape", "start_dim", "end_dim"})  # fmt: skip
+"""Constants of torch's modules that determine sizes, or which entries belong together."""
+# Modules that an eval forward passes by
 _LEFT_OUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout})
 _GONE = object()
@@ -67,25 +70,29 @@ class ModelState:
         self._then = {path: _snapshot(vars(module)) for path, module in model.named_modules()}
         self._kinds = {path: type(module) for path, module in model.named_modules()}
 
-    def altered(self, model: nn.Module) -> list[str]:
-        """What was changed by hand since then, on which the analysis stands: constants that a module's class names in
-        ``__constants__``, such as a stride, and modules of torch's without parameters, such as activations.
+    def altered(self, model: nn.Module, called: Collection[str]) -> list[str]:
+        """The modules of ``torch.nn`` that were changed by hand since then in a way that the analysis depends on.
 
-        Other attributes are not looked at, since forwards change them, too.
+        These are other values of constants such as a stride, and modules without parameters that were replaced by a
+        module of another class, such as an activation. Nothing else is compared, since training may change it.
+
+        Args:
+            called: The paths of the modules that make calls in the graph.
         """
         found = []
         for path, module in model.named_modules():
-            then, kind, now = self._then.get(path), self._kinds.get(path), type(module)
-            if then is None or kind is None:
+            kind, now = self._kinds.get(path), type(module)
+            if path not in called or kind is None or not _of_torch(kind):
                 continue
-            of_torch = all(one.__module__.startswith("torch.nn.modules.") for one in (kind, now))
-            if kind is not now and of_torch and not module._parameters and not issubclass(kind, _LEFT_OUT):
-                found.append(f"{path} is a {now.__name__}, and was a {kind.__name__}")
             if kind is not now:
+                bare = not any(p is not None for p in module.parameters(recurse=False))
+                idle = issubclass(kind, _LEFT_OUT) and issubclass(now, _LEFT_OUT)
+                if bare and not idle and _of_torch(now):
+                    found.append(f"{path} is a {now.__name__}, and was a {kind.__name__}")
                 continue
-            for name in getattr(kind, "__constants__", ()):
-                old, new = then.content.get(name, _GONE), vars(module).get(name, _GONE)
-                if name not in _IDLE and _constant(old) and _constant(new) and old != new:
+            for name in _SIZES.intersection(getattr(kind, "__constants__", ())):
+                old, new = self._then[path].content.get(name), vars(module).get(name)
+                if not _same(old, new):
                     found.append(f"{f'{path}.' if path else ''}{name} is {new!r}, and was {old!r}")
         return found
 
@@ -206,8 +213,17 @@ def _stays(old: Any, new: Any) -> bool:
     return new is not _GONE and not isinstance(new, tuple | dict | list | deque) and not _has_tensors(new)
 
 
-def _constant(x: Any) -> bool:
-    return all(type(item) in _ATOMS for item in x) if type(x) in (tuple, list) else type(x) in _ATOMS
+def _of_torch(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two constants are equal; a number stands for as many as there are dimensions."""
+    one, other = (tuple(x) if isinstance(x, list) else x for x in (one, other))
+    if isinstance(one, tuple) != isinstance(other, tuple):
+        items, number = (one, other) if isinstance(one, tuple) else (other, one)
+        return all(item == number for item in items)
+    return bool(one == other)
 
 
 def _has_tensors(x: Any, deep: int = 0) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oto import OTO
-from oto.errors import ArtifactError, EmitterError, MissingExtraError, VerificationError
+from oto.errors import ArtifactError, EmitterError, MissingExtraError, SetupWarning, VerificationError
 from oto.io import export
 from oto.io.export import export_model
 from oto.slim.proof.compare import relative_error
@@ -197,7 +197,19 @@ def test_sizes_that_the_model_does_not_take_are_not_compared(how: str, name: str
     pytest.importorskip("onnxruntime")
     given = torch.randn(6, 4), torch.tensor([[0, 1, 2, 5], [1, 2, 5, 0]])
     checks = export_model(Edges(), given, how, tmp_path / name)  # indices of six nodes fit no smaller graph
-    assert checks and all(c.passed for c in checks) and (tmp_path / name).is_file()
+    assert len(checks) == 2 and all(c.passed for c in checks) and (tmp_path / name).is_file()
+
+
+def test_a_model_that_takes_no_other_size_is_compared_on_the_example_with_a_warning(tmp_path: Path) -> None:
+    class Picky(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting() and len(x) != 6:
+                raise ValueError("six, please")
+            return super().forward(x)
+
+    with pytest.warns(SetupWarning, match=r"Picky takes no other sizes[^$]*six, please[^$]*on the example only"):
+        checks = export_model(Picky(4, 2), torch.randn(6, 4), "pt2", tmp_path / "picky.pt2")
+    assert len(checks) == 1
 
 
 def test_a_subnet_exports_itself(tmp_path: Path) -> None:

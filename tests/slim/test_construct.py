@@ -470,6 +470,24 @@ def test_classes_of_parameters_stay(tmp_path, allow_graph):
         assert [*map(type, load_subnet(tmp_path, made).parameters())] == wanted
 
 
+class Loaded(nn.Parameter):
+    """A parameter whose methods need what it holds."""
+
+    @property
+    def mT(self):
+        return self.loader(self)
+
+
+def test_parameters_that_hold_more_than_marks_become_plain_ones():
+    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+    model[0].weight = Loaded(model[0].weight.data)
+    model[0].weight.loader = torch.Tensor.t
+    oto = OTO(model, torch.randn(2, 3))
+    oto.random_set_zero_groups(0.5)
+    subnet = oto.construct_subnet()
+    assert subnet.emitter == "module" and {*map(type, subnet.model.parameters())} == {nn.Parameter}
+
+
 def test_marks_on_parameters_stay_when_the_model_shrinks_in_training():
     model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
     model[0].weight._no_weight_decay = True

@@ -205,10 +205,11 @@ def _channels(layer: _Layer, edits: Edits) -> None:
     shape = layer.shape("weight") or layer.shape("running_mean")
     if shape is not None:
         layer.set(edits, num_features=shape[0])
-    for node in layer.calls if shape is None else ():
-        given = node.args[0] if node.op in _NORMS_OF_CHANNELS else None
-        if isinstance(given, Value) and given.shape[1] == layer.module.num_features:  # else it says something else
-            layer.set(edits, num_features=layer.pruned.sizes(given)[1])
+        return
+    inputs = [node.args[0] for node in layer.calls if node.op in _NORMS_OF_CHANNELS and isinstance(node.args[0], Value)]
+    if {x.shape[1] for x in inputs} == {layer.module.num_features}:  # else it states something else, or nothing
+        channels = {layer.pruned.sizes(x)[1] for x in inputs}
+        layer.set(edits, num_features=max(channels))
 
 
 def _embedding(layer: _Layer, edits: Edits) -> None:
