@@ -420,6 +420,20 @@ def test_adapters_at_equal_budget(monkeypatch: pytest.MonkeyPatch, oto_data: Pat
     assert "| taylor, 12 steps after 4 | 0.5 | 1 | 0.5" in results.with_suffix(".md").read_text()
 
 
+def test_the_search_of_a_class_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import class_search
+
+    from oto.trace import record
+    from oto.trace.graph import GraphBuilder
+
+    for place, name in ((record, "run"), (GraphBuilder, "_add")):  # put back what the script wraps
+        monkeypatch.setattr(place, name, getattr(place, name))
+    found = class_search.measure("full/resnet18")
+    assert found["runs"] > 1 and found["calls"] == found["runs"] * found["nodes"] and found["class"] == found["share"]
+
+
 @pytest.fixture
 def read_by_a_linear_layer() -> tuple[Any, ...]:
     """A linear layer that reads six hidden units: its reader, their moments over 50 rows, itself, the units, rows."""

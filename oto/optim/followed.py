@@ -59,7 +59,7 @@ class Followed:
         return replace(self, trained={name: names.get(own, own) for name, own in self.trained.items()})
 
     def look(self, parameters: Mapping[str, Tensor], needed: Container[str], pruning: bool) -> Followed:
-        """Compare the model with the trained parameters. Warns if there are no gradients, or new untrained parameters.
+        """Compare the model with the trained parameters; warn of missing gradients, and of parameters not trained.
 
         Args:
             parameters: The trained parameters, by name.

@@ -29,7 +29,7 @@ class Plan:
     Attributes:
         redundant: Entries to scale.
         pruned: Entries to zero at every step.
-        resting: Entries of quiet node groups, which stay at zero without being written.
+        resting: Entries of quiet node groups, which stay at zero without being written at each step.
         watched: A few entries of each quiet node group, such as a bias. If one of them moves, no group counts as quiet.
         fresh: Whether nothing has been written yet.
     """
