@@ -284,8 +284,8 @@ def place_of(name: str, given: Any, effect: str) -> Path:
     """
     if isinstance(given, str | os.PathLike) and os.fspath(given):
         return Path(given).expanduser()
-    told = f"{given!r}, of the class {type(given).__name__}" if given != "" else "empty"
-    raise OptionError(f"{name} is {told}\n  effect  {effect}\n  to fix  name a place, by a text or a path")
+    found = f"{given!r}, of the class {type(given).__name__}" if given != "" else "empty"
+    raise OptionError(f"{name} is {found}\n  effect  {effect}\n  to fix  name a place, by a text or a path")
 
 
 def items_of(name: str, given: Any) -> list[Any]:
