@@ -234,14 +234,10 @@ class Build:
             OptionError: An option is invalid.
             ArtifactError: The folder has no name.
         """
-        if not isinstance(out_dir, str | os.PathLike | None):
-            raise OptionError(
-                f"out_dir is {out_dir!r}, of the class {type(out_dir).__name__}\n"
-                "  effect  nothing was computed or saved\n  to fix  name a folder, by a text or a path"
-            )
-        if out_dir is not None and not os.fspath(out_dir):
+        if out_dir == "":
             check_out_dir(out_dir)
-        build = cls(None if out_dir is None else Path(out_dir).expanduser(), *options)
+        folder = None if out_dir is None else place_of("out_dir", out_dir, "nothing was computed or saved")
+        build = cls(folder, *options)
         if build.float64 not in FLOAT64:
             raise OptionError(f"float64 is {build.float64!r}; it is one of {', '.join(map(repr, FLOAT64))}")
         require_flags(save_full=build.save_full, verify=build.verify, report=build.report)

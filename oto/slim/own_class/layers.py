@@ -208,8 +208,7 @@ def _channels(layer: _Layer, edits: Edits) -> None:
         return
     inputs = [node.args[0] for node in layer.calls if node.op in _NORMS_OF_CHANNELS and isinstance(node.args[0], Value)]
     if {x.shape[1] for x in inputs} == {layer.module.num_features}:  # else it states something else, or nothing
-        channels = {layer.pruned.sizes(x)[1] for x in inputs}
-        layer.set(edits, num_features=max(channels))
+        layer.set(edits, num_features=layer.pruned.sizes(inputs[0])[1])
 
 
 def _embedding(layer: _Layer, edits: Edits) -> None:
